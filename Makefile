@@ -1,0 +1,81 @@
+# LoraGraft's commands. Each first sets up what it needs in a virtual environment of its own.
+# A CPU or a CUDA build of torch, before the first command:
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+TORCH_ARGS ?= $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+JOBS ?= 1
+
+# ComfyUI: named, or two folders up when this folder lies in ComfyUI/custom_nodes.
+COMFYUI_PATH ?= $(if $(wildcard ../../comfy/sd.py),../..)
+# The interpreter that runs ComfyUI; without one, ComfyUI's requirements join our environment.
+COMFYUI_PYTHON ?=
+HOST = $(if $(COMFYUI_PATH),$(if $(COMFYUI_PYTHON),,$(VENV)/.host-ready))
+export COMFYUI_PATH COMFYUI_PYTHON
+
+PY = "$(VENV)/bin/python"
+PIP = $(PY) -m pip --disable-pip-version-check
+PYTEST = $(PY) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-comfy test-full check check-deps bench fmt screenshots package
+
+help:  ## list these commands
+	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' Makefile | expand -t 14
+
+setup: $(VENV)/.ready  ## virtual environment with torch and the development tools
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "LoraGraft needs Python 3.10 to 3.13, this is %d.%d. Name another one: PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv "$(VENV)"
+	$(PIP) install --quiet $(TORCH) $(TORCH_ARGS)
+	@touch "$@"
+
+# torch comes first and is named again, so that nothing which depends on it chooses another build.
+# The link gives mypy the package's name, whatever this folder is called.
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml requirements.txt
+	$(PIP) install --quiet $(TORCH) -e ".[dev]"
+	@mkdir -p "$(VENV)/typing" && ln -sfn "$(CURDIR)" "$(VENV)/typing/loragraft"
+	@touch "$@"
+
+$(VENV)/.host-ready: $(VENV)/.ready
+	$(PIP) install --quiet $(TORCH) -r "$(COMFYUI_PATH)/requirements.txt" -e ".[browser]"
+	@touch "$@"
+
+demo: $(VENV)/.ready  ## train a LoRA on the embedded base, draw a grid, into output/demo
+	$(PY) -m loragraft.trainer.demo.run --out output/demo
+
+test: $(VENV)/.ready $(HOST)  ## all quick tests; with a ComfyUI (COMFYUI_PATH) also those in it
+	$(PYTEST)
+
+test-comfy: $(VENV)/.ready $(HOST)  ## only the tests in a real ComfyUI and browser; fails without one
+	$(PYTEST) --require-comfyui -m "(comfy or browser) and not full and not slow"
+
+test-full: $(VENV)/.ready $(HOST)  ## only the slow tests: full-size models, more characters
+	$(PYTEST) -m "(slow or full) and not network"
+
+check: $(VENV)/.ready  ## ruff, mypy, floors, what ships
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	MYPYPATH="$(VENV)/typing" $(PY) -m mypy -p loragraft.trainer -p loragraft.nodes
+	$(PYTEST) -q tests/test_floors.py tests/test_package.py tests/test_ship.py
+
+check-deps: $(VENV)/.ready  ## installing our requirements changes no package of ComfyUI's (network)
+	$(PYTEST) -m network tests/test_dependencies.py
+
+bench: $(VENV)/.ready  ## the benchmarks
+	$(PY) -m benchmarks.run
+
+fmt: $(VENV)/.ready  ## format, and fix what ruff can fix
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+
+screenshots: $(VENV)/.ready $(HOST)  ## draw the README's pictures and the thumbnails anew (ComfyUI, Chromium)
+	$(PY) tests/browser/screenshots.py
+
+package: $(VENV)/.ready  ## build the registry's zip into dist/ and scan it
+	$(PY) .ci/package.py

@@ -1,0 +1,192 @@
+// What is known of one training run, and how each message of the server changes it.
+// Plain values in, plain values out: no page, no ComfyUI. Whatever the server sends is only ever
+// turned into numbers and strings here, so that nothing behind this file meets a surprise.
+
+import { smooth, thin } from "./chart.js";
+
+const MOST_SAMPLES = 24;
+const MOST_LINES = 200;
+const PLACES = ["temp", "output", "input"];
+export const BUSY = ["preparing", "encoding", "training"];
+
+const number = (value, fallback = 0) => (typeof value === "number" && Number.isFinite(value) ? value : fallback);
+const text = (value, limit = 2000) => (value === undefined || value === null ? "" : String(value).slice(0, limit));
+const list = (value) => (Array.isArray(value) ? value : []);
+
+export function newRun() {
+  return {
+    phase: "idle", // idle, preparing, encoding, training, done, stopped, failed
+    prompt: "",
+    total: 0,
+    step: 0,
+    epoch: 0,
+    points: [], // {x, loss, smooth, lr}: x is the step
+    mean: null, // state of the smoothed line
+    pace: null, // state of the mean of seconds per step
+    seconds: 0,
+    cache: { what: "", done: 0, total: 0 },
+    samples: [], // {step, prompt, filename, subfolder, type}
+    saves: [], // steps
+    lines: [], // the plan in words
+    notes: [],
+    file: "",
+    trigger: "",
+    error: "",
+    reused: false,
+    updated: 0,
+  };
+}
+
+/** Apply one `loragraft.train` message; unknown kinds are left alone. Returns the same run. */
+export function apply(run, message) {
+  if (Object.hasOwn(CHANGES, message?.kind ?? "")) CHANGES[message.kind](run, message);
+  return run;
+}
+
+const CHANGES = {
+  plan(run, message) {
+    const first = number(message.first_step);
+    const kept = first > 1 ? { points: run.points.filter((p) => p.x <= first), mean: run.mean } : {};
+    const samples = first > 1 ? run.samples.filter((s) => s.step <= first) : [];
+    const saves = first > 1 ? run.saves.filter((s) => s <= first) : [];
+    Object.assign(run, newRun(), kept, { samples, saves, prompt: run.prompt, phase: "preparing" });
+    run.total = number(message.total_steps);
+    run.step = Math.max(0, first - 1);
+    run.lines = list(message.lines).slice(0, MOST_LINES).map((line) => text(line));
+  },
+  cache(run, message) {
+    run.phase = "encoding";
+    run.cache = { what: text(message.what, 60), done: number(message.done), total: number(message.total) };
+  },
+  step(run, message) {
+    for (const step of Array.isArray(message.steps) ? message.steps : [message]) addStep(run, step);
+  },
+  sample(run, message) {
+    addSample(run, message);
+  },
+  save(run, message) {
+    addSave(run, message.step);
+    const zero = number(message.zero_tensors);
+    if (zero > 0) run.notes.push(`step ${number(message.step)}: ${zero} of ${number(message.num_tensors)} tensors are all zero`);
+  },
+  note(run, message) {
+    run.notes = [...run.notes, text(message.text)].slice(-MOST_LINES);
+  },
+  done(run, message) {
+    finish(run, message);
+  },
+};
+
+function addStep(run, message) {
+  const step = number(message?.step, -1);
+  if (step < 0) return;
+  run.phase = "training";
+  run.step = step;
+  run.total = Math.max(number(message.total, run.total), step);
+  run.epoch = number(message.epoch, run.epoch);
+  const seconds = number(message.seconds, -1);
+  if (seconds >= 0) {
+    run.pace = smooth(run.pace, seconds, 0.9);
+    run.seconds += seconds;
+  }
+  addPoint(run, step, message.loss, message.lr);
+}
+
+function addPoint(run, x, loss, lr) {
+  if (typeof loss !== "number" || !Number.isFinite(loss)) return;
+  while (run.points.length && run.points[run.points.length - 1].x >= x) run.points.pop(); // a resumed run repeats steps
+  run.mean = smooth(run.mean, loss);
+  run.points.push({ x, loss, smooth: run.mean.value, lr: number(lr, NaN) });
+  if (run.points.length > 4000) run.points = thin(run.points);
+}
+
+function addSample(run, image) {
+  const type = text(image?.type, 10) || "temp";
+  const filename = text(image?.filename, 300);
+  if (!filename || !PLACES.includes(type)) return;
+  const sample = { step: number(image.step), prompt: text(image.prompt), filename, subfolder: text(image.subfolder, 600), type };
+  run.samples = [...run.samples, sample].slice(-MOST_SAMPLES);
+}
+
+function addSave(run, save) {
+  const step = number(typeof save === "object" && save !== null ? save.step : save, -1);
+  if (step >= 0 && !run.saves.includes(step)) run.saves.push(step);
+}
+
+/** Take over the payload that closes a run; it is also the node's last output, so it may come alone. */
+export function finish(run, done) {
+  const same = BUSY.includes(run.phase) || run.file === text(done?.file, 600);
+  if (!same) Object.assign(run, newRun(), { prompt: run.prompt }); // an earlier run's product, returned at once
+  run.phase = "done";
+  run.file = text(done?.file, 600);
+  run.trigger = text(done?.trigger);
+  run.reused = done?.reused === true;
+  run.seconds = number(done?.seconds, run.seconds);
+  const losses = list(done?.losses);
+  if (run.points.length < losses.length) takeLosses(run, done, losses);
+  run.step = number(done?.step, run.points.length ? run.points[run.points.length - 1].x : run.step);
+  run.total = number(done?.total_steps, Math.max(run.total, run.step));
+  for (const save of list(done?.saves)) addSave(run, save);
+  if (list(done?.samples).length) {
+    run.samples = [];
+    for (const sample of done.samples) addSample(run, sample);
+  }
+  if (list(done?.lines).length) run.lines = done.lines.slice(0, MOST_LINES).map((line) => text(line));
+  if (list(done?.notes).length) run.notes = done.notes.slice(0, MOST_LINES).map((line) => text(line));
+  return run;
+}
+
+/** Losses are pairs [step, loss], or bare numbers spread evenly over the run. */
+function takeLosses(run, done, losses) {
+  const last = number(done.step, number(done.total_steps, losses.length));
+  run.points = [];
+  run.mean = null;
+  losses.forEach((item, i) => {
+    const [x, loss] = Array.isArray(item) ? item : [Math.max(1, Math.round(((i + 1) * last) / losses.length)), item];
+    addPoint(run, number(x, i + 1), loss, list(done.lrs)[i]);
+  });
+}
+
+/** The run ended without a product: "stopped" by the user, or "failed" with a message. */
+export function end(run, phase, error = "") {
+  if (phase === "stopped" && !BUSY.includes(run.phase)) return run;
+  run.phase = phase;
+  run.error = text(error, 4000);
+  return run;
+}
+
+/** Seconds per step, and seconds left; null where not known yet. */
+export function timing(run) {
+  const pace = run.pace ? run.pace.value : null;
+  return { pace, left: pace === null ? null : pace * Math.max(0, run.total - run.step) };
+}
+
+/** 0 to 1: how far the present phase is. */
+export function progress(run) {
+  const { done, total } = run.phase === "encoding" ? run.cache : { done: run.step, total: run.total };
+  if (run.phase === "done") return 1;
+  return total > 0 ? Math.min(1, Math.max(0, done / total)) : 0;
+}
+
+/** 75 -> "1:15", 3700 -> "1:01:40", 0.4 -> "0:01" (never a zero for something that takes time). */
+export function clock(seconds) {
+  const whole = Math.max(0, Math.ceil(seconds));
+  const [h, m, s] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
+  const two = (n) => String(n).padStart(2, "0");
+  return h ? `${h}:${two(m)}:${two(s)}` : `${m}:${two(s)}`;
+}
+
+/** The newest runs as JSON for the browser's session storage, small enough to keep. */
+export function pack(runs, limit = 6) {
+  const newest = [...runs].sort((a, b) => b[1].updated - a[1].updated).slice(0, limit);
+  return JSON.stringify(newest.map(([key, run]) => [key, { ...run, points: thin(run.points, 1000) }]));
+}
+
+/** Read what `pack` wrote; anything else gives no runs. */
+export function unpack(json) {
+  try {
+    return new Map(JSON.parse(json || "[]").map(([key, run]) => [String(key), { ...newRun(), ...run }]));
+  } catch {
+    return new Map();
+  }
+}

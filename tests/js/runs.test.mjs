@@ -1,0 +1,128 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { apply, clock, end, finish, newRun, pack, progress, timing, unpack } from "../../js/runs.js";
+import { LOCALES, strings } from "../../js/strings.js";
+
+const steps = (from, to, loss = (i) => 1 / i) =>
+  Array.from({ length: to - from + 1 }, (_, i) => ({ step: from + i, total: 40, epoch: 1, loss: loss(from + i), lr: 1e-4, seconds: 0.5 }));
+
+test("a run from plan to product", () => {
+  const run = newRun();
+  apply(run, { kind: "plan", total_steps: 40, first_step: 1, lines: ["12 images x 4 repeats"] });
+  assert.equal(run.phase, "preparing");
+  apply(run, { kind: "cache", what: "images", done: 3, total: 12 });
+  assert.equal(run.phase, "encoding");
+  assert.equal(progress(run), 0.25);
+  apply(run, { kind: "step", ...steps(1, 1)[0] });
+  apply(run, { kind: "step", steps: steps(2, 20) });
+  assert.equal(run.phase, "training");
+  assert.deepEqual([run.points.length, run.step, run.total, progress(run)], [20, 20, 40, 0.5]);
+  assert.equal(clock(timing(run).left), "0:10");
+  apply(run, { kind: "save", step: 20, zero_tensors: 0, num_tensors: 10 });
+  apply(run, { kind: "sample", step: 20, prompt: "a cat", filename: "x.png", subfolder: "s", type: "temp" });
+  apply(run, { kind: "note", text: "hello" });
+  apply(run, { kind: "step", steps: steps(21, 40) });
+  apply(run, { kind: "done", file: "loras/a.safetensors", losses: [[1, 1], [40, 0.1]], saves: [20, 40], trigger: "sks" });
+  assert.deepEqual([run.phase, run.points.length, run.saves, run.samples.length, run.trigger], ["done", 40, [20, 40], 1, "sks"]);
+  assert.equal(progress(run), 1);
+});
+
+test("resuming keeps the line up to the checkpoint and replaces what is trained again", () => {
+  const run = newRun();
+  apply(run, { kind: "step", steps: steps(1, 30) });
+  end(run, "stopped");
+  apply(run, { kind: "plan", total_steps: 40, first_step: 21, lines: [] });
+  apply(run, { kind: "step", steps: steps(21, 40, () => 7) });
+  assert.deepEqual(run.points.map((p) => p.x), Array.from({ length: 40 }, (_, i) => i + 1));
+  assert.equal(run.points[20].loss, 7);
+  apply(run, { kind: "plan", total_steps: 40, first_step: 1, lines: [] });
+  assert.equal(run.points.length, 0);
+});
+
+test("the last output alone restores a finished run, whatever form its losses have", () => {
+  const pairs = finish(newRun(), { file: "a", losses: [[10, 3], [20, 2]], saves: [{ step: 20 }], trigger: "t", step: 20, total_steps: 20 });
+  assert.deepEqual(pairs.points.map((p) => [p.x, p.loss]), [[10, 3], [20, 2]]);
+  assert.deepEqual([pairs.saves, pairs.step, pairs.phase], [[20], 20, "done"]);
+  const bare = finish(newRun(), { file: "a", losses: [4, 3, 2, 1], saves: [] });
+  assert.deepEqual(bare.points.map((p) => p.x), [1, 2, 3, 4]);
+  const spread = finish(newRun(), { file: "a", losses: [4, 3, 2, 1], total_steps: 40, lrs: [1, 2, 3, 4] });
+  assert.deepEqual(spread.points.map((p) => [p.x, p.lr]), [[10, 1], [20, 2], [30, 3], [40, 4]]);
+});
+
+test("another finished run returned at once replaces the one shown; the same payload twice changes nothing", () => {
+  const run = newRun();
+  apply(run, { kind: "plan", total_steps: 40, first_step: 1 });
+  apply(run, { kind: "step", steps: steps(1, 40) });
+  const payload = { file: "a.safetensors", losses: [[40, 1]], saves: [40] };
+  finish(run, payload);
+  finish(run, payload);
+  assert.equal(run.points.length, 40);
+  finish(run, { file: "b.safetensors", losses: [[1, 9], [2, 8]], saves: [2], reused: true });
+  assert.deepEqual([run.points.length, run.saves, run.reused], [2, [2], true]);
+});
+
+test("stop and failure", () => {
+  const run = apply(newRun(), { kind: "step", steps: steps(1, 3) });
+  assert.equal(end(run, "stopped").phase, "stopped");
+  assert.equal(end(finish(newRun(), { file: "a" }), "stopped").phase, "done", "a finished run is not stopped");
+  assert.deepEqual([end(run, "failed", "LG-RUN-001  x").phase, run.error], ["failed", "LG-RUN-001  x"]);
+});
+
+test("zero tensors at a save become a note", () => {
+  const run = apply(newRun(), { kind: "save", step: 5, zero_tensors: 3, num_tensors: 9 });
+  assert.match(run.notes[0], /3 of 9/);
+});
+
+test("no message can break a run: wrong kinds, wrong types, huge lists", () => {
+  const odd = [undefined, null, NaN, Infinity, -1, "<img src=x onerror=alert(1)>", {}, [], [[]], true, "9".repeat(99999)];
+  const kinds = ["plan", "cache", "step", "sample", "save", "note", "done", "toString", "__proto__", undefined];
+  const fields = ["total_steps", "first_step", "lines", "what", "done", "total", "steps", "step", "loss", "lr", "seconds", "prompt",
+    "filename", "subfolder", "type", "zero_tensors", "text", "file", "losses", "saves", "trigger", "samples", "lrs", "notes"];
+  const run = newRun();
+  for (const kind of kinds) for (const field of fields) for (const value of odd) apply(run, { kind, [field]: value });
+  for (const value of odd) apply(run, value);
+  for (let i = 0; i < 500; i++) {
+    apply(run, { kind: "note", text: "n" });
+    apply(run, { kind: "sample", filename: `${i}.png`, type: "temp" });
+  }
+  apply(run, { kind: "step", steps: Array.from({ length: 20000 }, (_, i) => ({ step: i, total: 1, loss: 1 })) });
+  assert.ok(run.points.length <= 4000 && run.notes.length <= 200 && run.samples.length <= 24);
+  assert.ok(run.points.every((p) => Number.isFinite(p.x) && Number.isFinite(p.loss) && Number.isFinite(p.smooth)));
+  assert.equal(typeof run.file, "string");
+  assert.ok([run.step, run.total, run.seconds, progress(run)].every(Number.isFinite));
+});
+
+test("images come only from ComfyUI's own folders", () => {
+  const run = newRun();
+  for (const type of ["models", "..", "javascript:", "TEMP"]) apply(run, { kind: "sample", filename: "a.png", type });
+  assert.equal(run.samples.length, 0);
+});
+
+test("runs survive the session storage; rubbish there is ignored", () => {
+  const run = apply(newRun(), { kind: "step", steps: steps(1, 30) });
+  const back = unpack(pack(new Map([["w/4", run]])));
+  assert.equal(back.get("w/4").points.length, 30);
+  apply(back.get("w/4"), { kind: "step", steps: steps(31, 32) });
+  assert.equal(back.get("w/4").points.length, 32);
+  for (const bad of [null, "", "x", "{}", "[1]", "[[1]]"]) assert.ok(unpack(bad) instanceof Map);
+});
+
+test("clock", () => {
+  assert.deepEqual([0.4, 75, 3700, 0].map(clock), ["0:01", "1:15", "1:01:40", "0:00"]);
+});
+
+test("every language has every string, and none is left in English by mistake", () => {
+  const names = Object.keys(strings("en")).sort();
+  assert.deepEqual(LOCALES, ["en", "zh", "zh-TW", "ru"]);
+  for (const locale of LOCALES) {
+    assert.deepEqual(Object.keys(strings(locale)).sort(), names, locale);
+    for (const name of names) {
+      assert.ok(strings(locale)[name].trim(), `${locale} ${name}`);
+      if (locale !== "en" && name !== "file") assert.notEqual(strings(locale)[name], strings("en")[name], `${locale} ${name}`);
+    }
+  }
+  assert.equal(strings("pt-BR"), strings("en"));
+  assert.equal(strings("zh-CN"), strings("zh"));
+  assert.equal(strings("toString").idle, "Not trained yet");
+});

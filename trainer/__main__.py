@@ -1,0 +1,191 @@
+"""The command line: ``loragraft`` or ``python -m loragraft.trainer``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from . import api
+from .config import DatasetConfig, TrainConfig, info_of
+from .errors import LoraGraftError
+from .progress import ProgressLine
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - the same parser under its older name
+    import tomli as tomllib
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 refused with a message, 130 stopped."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except LoraGraftError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    settings, base_path, data_path = _settings(arguments)
+    data_config, train_config = api.make_both(settings, where=str(arguments.config or "command line"))
+    if base_path == "demo":
+        base = api.open_demo_base()
+    else:
+        base = api.open_base(
+            base_path, tokenizer=arguments.tokenizer, allow_download=arguments.allow_download
+        )
+    folder = api.demo_dataset() if data_path == "demo" else Path(data_path)
+    dataset = api.scan_folder(folder, on_bad=arguments.on_bad, class_tokens=arguments.class_tokens)
+    train_set = api.build_train_set(dataset, data_config)
+    output = Path(arguments.output_dir)
+    places = api.Places(output / "runs", output / "loras", output / "cache")
+    events = api.train(
+        base, train_set, train_config, places=places, device=arguments.device, fresh=arguments.fresh
+    )
+    stop = _StopFlag()
+    with ProgressLine(sys.stderr) as line:
+        for event in events:
+            line.show(event)
+            if stop.wanted:
+                events.close()
+                print(
+                    "Stopped; the last finished step is saved. The same command continues.", file=sys.stderr
+                )
+                return 130
+            if isinstance(event, api.Finished):
+                print(f"LoRA          {event.lora_file}")
+                print(f"Trigger words {event.trigger_words}")
+                print(f"Run folder    {event.run_folder}")
+    return 0
+
+
+def _dataset(arguments: argparse.Namespace) -> int:
+    settings, _, data_path = _settings(arguments)
+    names = {f.name for f in dataclasses.fields(DatasetConfig)}
+    config = api.make(DatasetConfig, {k: v for k, v in settings.items() if k in names}, where="command line")
+    folder = api.demo_dataset() if data_path == "demo" else Path(data_path)
+    dataset = api.scan_folder(folder, on_bad=arguments.on_bad, class_tokens=arguments.class_tokens)
+    print("\n".join((*dataset.lines, *api.build_train_set(dataset, config).lines)))
+    return 0
+
+
+class _StopFlag:
+    """The first Ctrl-C asks for a stop after the running step; the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.wanted = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+# Settings of the command line that are no training settings, with kohya's names where it has them.
+PLACES = {"pretrained_model_name_or_path": "base model", "train_data_dir": "image folder"}
+
+
+def _settings(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, str]:
+    """Merge the config file (tables flattened, as kohya does) and the flags, which win."""
+    settings: dict[str, Any] = {}
+    if arguments.config:
+        try:
+            with Path(arguments.config).open("rb") as file:
+                loaded = tomllib.load(file)
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise LoraGraftError(
+                "LG-CLI-001",
+                "The config file cannot be read.",
+                where=str(arguments.config),
+                why=str(error),
+                fix="check the path and the TOML at the named line; the file must be UTF-8",
+            ) from None
+        for key, value in loaded.items():
+            settings.update(value if isinstance(value, dict) else {key: value})
+    settings.update({k: v for k, v in vars(arguments).items() if k in _flags() and v is not None})
+    places = []
+    for key, what in PLACES.items():
+        given = getattr(arguments, key, None) or settings.pop(key, None)
+        settings.pop(key, None)
+        if given is None and not (key == "pretrained_model_name_or_path" and arguments.run is _dataset):
+            raise LoraGraftError(
+                "LG-CLI-002",
+                f"No {what} was named.",
+                where=f"--{key}",
+                why="there is nothing to train on.",
+                fix=f"add --{key} PATH, or 'demo' for the embedded one",
+            )
+        places.append(given or "")
+    return settings, places[0], places[1]
+
+
+def _flags() -> dict[str, tuple[type, Any]]:
+    flags: dict[str, tuple[type, Any]] = {}
+    for cls in (DatasetConfig, TrainConfig):
+        hints = typing.get_type_hints(cls)
+        flags.update({f.name: (cls, hints[f.name]) for f in dataclasses.fields(cls)})
+    return flags
+
+
+def _literal(text: str) -> Any:
+    """Read a flag's value as TOML does (512, 1e-4, true, [512, 768]), else as text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("loragraft", description="Train LoRAs without a graph.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, help in (
+        ("train", _train, "train a LoRA"),
+        ("dataset", _dataset, "show what a folder would be trained as"),
+    ):
+        command = commands.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(run=run)
+        command.add_argument("--config", help="TOML file of settings; flags win over it")
+        command.add_argument("--train_data_dir", help="image folder, or 'demo'")
+        command.add_argument(
+            "--class_tokens", default="", help="class words where the folder name gives none"
+        )
+        command.add_argument(
+            "--on_bad", choices=("stop", "skip"), default="stop", help="what to do about unreadable images"
+        )
+        if run is _train:
+            command.add_argument(
+                "--pretrained_model_name_or_path", help="base model file or folder, or 'demo'"
+            )
+            command.add_argument("--tokenizer", help="folder with vocab.json and merges.txt")
+            command.add_argument(
+                "--allow_download", action="store_true", help="let the tokenizer be fetched from the hub"
+            )
+            command.add_argument("--output_dir", default="output", help="where runs/, loras/ and cache/ go")
+            command.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
+            command.add_argument(
+                "--fresh", action="store_true", help="set an earlier run of the same settings aside"
+            )
+        for flag, (cls, _) in _flags().items():
+            if run is _train or cls is DatasetConfig:
+                info = info_of(cls, flag)
+                plural = typing.get_origin(typing.get_type_hints(cls)[flag]) is tuple
+                command.add_argument(
+                    f"--{flag}",
+                    type=str if plural else _literal,
+                    nargs="+" if plural else None,
+                    help=info.help.replace("%", "%%")
+                    + (f" One of: {', '.join(info.choices)}." if info.choices else ""),
+                )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

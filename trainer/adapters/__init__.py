@@ -1,0 +1,1 @@
+"""The network types: one file each."""

@@ -1,0 +1,84 @@
+"""Compute precision: what the device can do, where the frozen weights stay, and fp16's loss scaling."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..errors import LoraGraftError
+from ..parts import Parts
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The resolved precision of a run; ``name`` is fp32, bf16 or fp16."""
+
+    name: str
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the base's arithmetic."""
+        return DTYPES[self.name]
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context in which the forward pass runs."""
+        if self.name == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Return the loss scaler: fp16 gradients underflow without one; the others pass through."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+
+
+def resolve(setting: str, device: torch.device) -> Precision:
+    """Choose the precision: 'auto' is bf16 (else fp16) on a GPU and fp32 on a CPU."""
+    if setting == "auto":
+        if device.type == "cuda":
+            setting = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        else:
+            setting = "fp32"
+    if setting == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise LoraGraftError(
+            "LG-RUN-002",
+            "This GPU has no bf16.",
+            where="mixed_precision",
+            why=f"{torch.cuda.get_device_name(device)} is older than the format.",
+            fix="set mixed_precision to fp16 or auto",
+        )
+    return Precision(setting, device)
+
+
+def place(parts: Parts, precision: Precision) -> None:
+    """Move the modules to the device in the run's storage; tensors already right stay shared, not copied.
+
+    In fp32 runs half weights are upcast. In half runs the weights keep their storage, autocast casts
+    per layer, and only the norms' few parameters are upcast, because a CPU's norms refuse other
+    mixtures. The VAE always works in fp32, because fp16 overflows in SD1.x's.
+    """
+    dtype = torch.float32 if precision.name == "fp32" else None
+    for part in (parts.denoiser, parts.text_encoder):
+        nn.Module.to(
+            part, device=precision.device, dtype=dtype
+        )  # diffusers' own `to` warns about nothing here
+        for module in part.modules():
+            if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
+                module.float()
+    nn.Module.to(parts.vae, device=precision.device, dtype=torch.float32)
+
+
+def enable_gradient_checkpointing(parts: Parts, *, denoiser: bool, text_encoder: bool) -> None:
+    """Switch gradient checkpointing on for the trained parts (non-reentrant: inputs need no gradient)."""
+    if denoiser:
+        parts.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        parts.denoiser.train()
+    if text_encoder:
+        parts.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        parts.text_encoder.train()

@@ -1,0 +1,30 @@
+"""The one error class that users see: what happened, where, why, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoraGraftError(ValueError):
+    """A refusal in plain words.
+
+    ``code`` is stable and documented in docs/errors.md; ``what`` is one line of at most 120
+    characters; ``where`` names the file, setting or widget; ``fix`` is something the user can do.
+    """
+
+    def __init__(self, code: str, what: str, *, where: str, why: str, fix: str) -> None:
+        self.code, self.what, self.where, self.why, self.fix = code, what, where, why, fix
+        super().__init__(f"{code}  {what}\nWhere: {where}\nWhy:   {why}\nFix:   {fix}")
+
+
+def nearest(name: str, known: Iterable[str], *, limit: int = 1) -> list[str]:
+    """Return the ``limit`` known names most like ``name`` (possibly none)."""
+    return difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
+
+
+def listed(items: Iterable[str], *, limit: int = 20) -> str:
+    """Join names for a message, at most ``limit`` of them and a count of the rest."""
+    names = list(items)
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,91 @@
+"""What a run tells its caller, in order: Planned, Cached, then Step, Sampled and Saved, at last Finished."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Planned:
+    """All that is known before step 1; ``lines`` say it in words."""
+
+    total_steps: int
+    first_step: int
+    num_epochs: int
+    batches_per_epoch: int
+    num_modules: int
+    num_parameters: int
+    run_folder: Path
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Images or captions encoded so far; ``hits`` came from the cache."""
+
+    what: str
+    done: int
+    total: int
+    hits: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step; ``step`` counts from 1, ``epoch`` from 1; ``avr_loss`` as kohya counts it."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    loss: float
+    avr_loss: float
+    learning_rates: dict[str, float]
+    grad_norm: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One image drawn with the LoRA as it is at ``step``."""
+
+    step: int
+    prompt: str
+    seed: int
+    image: Image.Image
+    path: Path
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A verified checkpoint at ``step``; ``zero_tensors`` counts LoRA tensors that are all zero."""
+
+    step: int
+    folder: Path
+    lora_file: Path
+    num_tensors: int
+    zero_tensors: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """One line that the user should read."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The product: the published LoRA file and where everything else lies."""
+
+    lora_file: Path
+    run_folder: Path
+    step: int
+    trigger_words: str
+    losses: tuple[float, ...]
+    reused: bool
+    checkpoints: tuple[Path, ...]
+
+
+Event = Planned | Cached | Step | Sampled | Saved | Note | Finished

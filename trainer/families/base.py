@@ -1,0 +1,65 @@
+"""What a family (an architecture) offers to the rest of the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+from ..objective import NoiseSchedule
+from ..parts import Parts, Target
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Family(Protocol):
+    """One architecture: how its weights are named, loaded, encoded, predicted with and sampled."""
+
+    name: str
+    latent_multiple: int
+    schedule: NoiseSchedule
+
+    def detect(self, keys: Sequence[str]) -> bool:
+        """Say whether single-file keys belong to this family."""
+
+    def split(self, weights: Tensors) -> dict[str, dict[str, torch.Tensor]]:
+        """Sort single-file weights into diffusers-named state dicts of the three parts (views)."""
+
+    def load(self, state_dicts: Mapping[str, Tensors], tokenizer: Any) -> Parts:
+        """Build the modules on the meta device and assign the given tensors to them, without a copy."""
+
+    def encode_images(self, parts: Parts, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encode pixels (B, 3, H, W) in [-1, 1] into the moments of their latents, float32."""
+
+    def latents(self, moments: Tensors, noise: torch.Tensor) -> torch.Tensor:
+        """Draw scaled latents (B, C, H/8, W/8) from moments with standard normal ``noise`` of that shape."""
+
+    def tokenize(self, parts: Parts, captions: Sequence[str], max_token_length: int) -> torch.Tensor:
+        """Return token ids (B, chunks, 77), int64."""
+
+    def encode_text(self, parts: Parts, ids: torch.Tensor, clip_skip: int) -> torch.Tensor:
+        """Return the conditioning (B, chunks*75+2, D) for token ids (B, chunks, 77)."""
+
+    def predict(self, parts: Parts, noisy: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """Return the denoiser's output for noisy latents at integer timesteps t (B,)."""
+
+    def targets(self, parts: Parts, *, convolutions: bool) -> list[Target]:
+        """List the modules that a LoRA trains, in the reference trainer's order."""
+
+    def sample(
+        self,
+        parts: Parts,
+        prompt: str,
+        *,
+        negative: str,
+        seed: int,
+        size: tuple[int, int],
+        steps: int,
+        cfg: float,
+        clip_skip: int,
+    ) -> Image.Image:
+        """Draw one image of ``size`` (height, width) pixels with Euler's method."""
+
+    metadata: Mapping[str, str]

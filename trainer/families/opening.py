@@ -1,0 +1,244 @@
+"""Open a base model: from a single file, a diffusers folder, or tensors that a host already holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..errors import LoraGraftError, listed
+from ..parts import Parts
+from ..safefile import tensor_bytes
+from . import FAMILIES, detect
+from .base import Family
+
+TRAINABLE = (torch.float32, torch.float16, torch.bfloat16)
+FOLDERS = {"denoiser": "unet", "vae": "vae", "text_encoder": "text_encoder"}
+# VAEs saved by old diffusers name the attention's layers so:
+OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+CLIP_HUB_NAME = "openai/clip-vit-large-patch14"
+
+
+@dataclass
+class Base:
+    """An opened base model; nothing is moved or copied until ``load``.
+
+    ``state_dicts`` maps denoiser, vae and text_encoder to diffusers-named tensors, which may be views on
+    a file's pages or a host's weights and are never written to. ``name`` is free of folders.
+    """
+
+    family: Family
+    name: str
+    state_dicts: dict[str, dict[str, torch.Tensor]]
+    tokenizer_folder: str
+    known_hash: str | None = None
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """Identify the weights by their values, the same for a file and for a host's upcast copy of it."""
+        return self.known_hash or _hash(self.state_dicts)
+
+    def part_hash(self, part: str) -> str:
+        """Return the share of ``weights_hash`` that belongs to one part."""
+        return self.weights_hash.split("-")[list(FOLDERS).index(part)]
+
+    def load(self) -> Parts:
+        """Build fresh modules on these tensors, sharing their storage."""
+        return self.family.load(self.state_dicts, load_tokenizer(self.tokenizer_folder))
+
+
+def open_file(
+    path: Path, *, tokenizer: Path | None, name: str | None = None, allow_download: bool = False
+) -> Base:
+    """Open a single .safetensors checkpoint; its pages are mapped, not read."""
+    _refuse_other_formats(path)
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise LoraGraftError(
+            "LG-BASE-001",
+            f"The base model '{path.name}' cannot be read.",
+            where=str(path),
+            why=str(error)[:200],
+            fix="check that the file is a complete .safetensors checkpoint; download or copy it again",
+        ) from None
+    folder = find_tokenizer(tokenizer, allow_download=allow_download)
+    return open_weights(weights, name=name or path.stem, tokenizer=folder, where=path.name)
+
+
+def open_folder(
+    path: Path, *, tokenizer: Path | None, name: str | None = None, allow_download: bool = False
+) -> Base:
+    """Open a diffusers folder (unet/, vae/, text_encoder/, tokenizer/) of safetensors files."""
+    state_dicts = {part: _read_folder(path / folder) for part, folder in FOLDERS.items()}
+    for part, sd in state_dicts.items():
+        _refuse_untrainable(sd, where=f"{path.name}/{FOLDERS[part]}")
+    vae = {_new_vae_name(k): v for k, v in state_dicts["vae"].items()}
+    state_dicts["vae"] = {k: v.reshape(v.shape[:2]) if _is_old_attention(k, v) else v for k, v in vae.items()}
+    text = state_dicts["text_encoder"]
+    state_dicts["text_encoder"] = {
+        k if k.startswith("text_model.") else f"text_model.{k}": v
+        for k, v in text.items()
+        if not k.endswith("position_ids")
+    }
+    inside = path / "tokenizer"
+    folder = find_tokenizer(tokenizer or (inside if inside.is_dir() else None), allow_download=allow_download)
+    return Base(FAMILIES["sd15"], name or path.name, state_dicts, folder)
+
+
+def open_weights(
+    weights: Mapping[str, torch.Tensor],
+    *,
+    name: str,
+    tokenizer: str,
+    where: str = "MODEL, CLIP and VAE",
+    known_hash: str | None = None,
+) -> Base:
+    """Open a base model from tensors under single-file names; they are shared, never written to."""
+    family = detect(list(weights), where=where)
+    plain = {k: v.detach() for k, v in weights.items()}
+    state_dicts = family.split(plain)
+    for part in state_dicts.values():
+        _refuse_untrainable(part, where=where)
+    return Base(family, name, state_dicts, tokenizer, known_hash)
+
+
+def hash_weights(weights: Mapping[str, torch.Tensor]) -> str:
+    """Return ``Base.weights_hash`` for weights under single-file names."""
+    return _hash(detect(list(weights), where="weights").split({k: v.detach() for k, v in weights.items()}))
+
+
+def find_tokenizer(folder: Path | None, *, allow_download: bool = False) -> str:
+    """Find CLIP's tokenizer: the given folder, a ComfyUI, the Hugging Face cache, or on request the hub."""
+    if folder is not None:
+        if not (folder / "vocab.json").is_file():
+            raise LoraGraftError(
+                "LG-BASE-007",
+                "The tokenizer folder has no vocab.json.",
+                where=str(folder),
+                why="captions cannot be turned into tokens without it.",
+                fix="name the folder that holds vocab.json and merges.txt",
+            )
+        return str(folder)
+    pack = Path(__file__).resolve().parents[2]
+    hosts = [Path(os.environ["COMFYUI_PATH"])] if os.environ.get("COMFYUI_PATH") else []
+    for host in [*hosts, pack.parent.parent]:
+        if (host / "comfy" / "sd1_tokenizer" / "vocab.json").is_file():
+            return str(host / "comfy" / "sd1_tokenizer")
+    from transformers import CLIPTokenizer
+
+    try:
+        CLIPTokenizer.from_pretrained(CLIP_HUB_NAME, local_files_only=not allow_download)
+    except OSError:
+        raise LoraGraftError(
+            "LG-BASE-008",
+            "CLIP's tokenizer was not found.",
+            where="tokenizer",
+            why="a single-file checkpoint holds no tokenizer, and none is shipped with this package.",
+            fix="one of: --tokenizer FOLDER (ComfyUI has it in comfy/sd1_tokenizer), COMFYUI_PATH, "
+            "a diffusers folder as the base, the Hugging Face cache, or --allow-download",
+        ) from None
+    return CLIP_HUB_NAME
+
+
+def load_tokenizer(folder: str) -> Any:
+    """Load the tokenizer from a folder, or under its hub name from the local cache."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _hash(state_dicts: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
+    """Return one 20-digit hash a part, joined by '-', over names, shapes and values as float32."""
+
+    def of_tensor(item: tuple[str, torch.Tensor]) -> bytes:
+        name, tensor = item
+        values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+        return hashlib.sha256(
+            f"{name}{tuple(tensor.shape)}".encode() + hashlib.sha256(tensor_bytes(values)).digest()
+        ).digest()
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        digests = (
+            hashlib.sha256(b"".join(pool.map(of_tensor, sorted(state_dicts[part].items())))).hexdigest()[:20]
+            for part in FOLDERS
+        )
+        return "-".join(digests)
+
+
+def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    # a folder may hold the same weights twice, in full and in half precision
+    whole = [f for f in files if ".fp16" not in f.name and ".non_ema" not in f.name] or files
+    if not whole:
+        raise LoraGraftError(
+            "LG-BASE-001",
+            f"The diffusers folder has no safetensors file in '{folder.name}'.",
+            where=str(folder),
+            why="only .safetensors weights are read: other formats can run code when they are opened.",
+            fix="save the model again with safe_serialization, or name a single .safetensors checkpoint",
+        )
+    weights: dict[str, torch.Tensor] = {}
+    for file in whole:
+        weights.update(load_file(file))
+    return weights
+
+
+def _refuse_other_formats(path: Path) -> None:
+    if not path.exists():
+        raise LoraGraftError(
+            "LG-BASE-001",
+            f"The base model '{path.name}' does not exist.",
+            where=str(path),
+            why="there is no such file.",
+            fix="check the path; quotes and a trailing space count as part of it",
+        )
+    if path.suffix.lower() != ".safetensors":
+        why = {
+            ".ckpt": "a .ckpt is a pickle, which can run code when it is opened.",
+            ".pt": "a .pt is a pickle, which can run code when it is opened.",
+            ".gguf": "GGUF weights are quantised; a LoRA needs the plain ones.",
+        }.get(path.suffix.lower(), "only .safetensors files are read.")
+        raise LoraGraftError(
+            "LG-BASE-001",
+            f"The base model '{path.name}' is not a .safetensors file.",
+            where=str(path),
+            why=why,
+            fix="convert it to .safetensors (in ComfyUI: load it, then CheckpointSave), or use another file",
+        )
+
+
+def _refuse_untrainable(weights: Mapping[str, torch.Tensor], *, where: str) -> None:
+    wrong = sorted(
+        {str(v.dtype).removeprefix("torch.") for v in weights.values() if v.dtype not in TRAINABLE}
+    )
+    odd = sorted(k for k, v in weights.items() if type(v) not in (torch.Tensor, torch.nn.Parameter))
+    if wrong or odd:
+        named = [k for k in weights if weights[k].dtype not in TRAINABLE] or odd
+        raise LoraGraftError(
+            "LG-BASE-005",
+            f"The base model's weights are quantised ({listed(wrong) or 'packed tensors'}).",
+            where=f"{where}: {listed(named, limit=2)}",
+            why="this release trains on fp32, fp16 and bf16 weights only.",
+            fix="load the fp16, bf16 or fp32 version of the model",
+        )
+
+
+def _new_vae_name(key: str) -> str:
+    if ".attentions." in key:
+        for old, new in OLD_VAE_NAMES.items():
+            key = key.replace(old, new)
+    return key
+
+
+def _is_old_attention(key: str, value: torch.Tensor) -> bool:
+    return ".attentions." in key and value.ndim == 4

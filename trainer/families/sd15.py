@@ -1,0 +1,281 @@
+"""Stable Diffusion 1.x: U-Net with cross-attention, CLIP text model, KL VAE, eps-prediction.
+
+Modules are diffusers' and transformers' own classes. Their shapes are read from the weights, so the
+same code serves a real SD1.5 checkpoint and the tiny embedded base of the same structure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ..errors import LoraGraftError, listed
+from ..objective import NoiseSchedule, generator
+from ..parts import Parts, Target
+from .base import Tensors
+from .ldm_keys import (
+    TEXT_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    is_vae_attention_weight,
+    unet_to_diffusers,
+    vae_to_diffusers,
+)
+
+SCALING_FACTOR = 0.18215
+NUM_HEADS = 8  # of every attention in SD1.x; not visible in the weights
+TEXT_HEAD_DIM = 64
+CHUNK = 75
+
+# kohya's module sets (networks/lora.py): the classes inside which linears and convolutions are trained.
+ATTENTION_CLASSES = ("Transformer2DModel",)
+CONV_CLASSES = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
+TEXT_CLASSES = ("CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2", "CLIPMLP")
+
+
+class SD15:
+    """The SD1.x family; stateless."""
+
+    name = "sd15"
+    latent_multiple = 8
+    schedule = NoiseSchedule()
+    metadata: Mapping[str, str] = {
+        "ss_base_model_version": "sd_v1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.prediction_type": "epsilon",
+    }
+
+    def detect(self, keys: Sequence[str]) -> bool:
+        """Say whether single-file keys belong to SD1.x."""
+        names = set(keys)
+        return (
+            any(k.startswith(UNET_PREFIX + "input_blocks.") for k in names)
+            and any(k.startswith(TEXT_PREFIX + "text_model.") for k in names)
+            and UNET_PREFIX + "label_emb.0.0.weight" not in names
+        )
+
+    def split(self, weights: Tensors) -> dict[str, dict[str, torch.Tensor]]:
+        """Sort single-file weights into diffusers-named state dicts of the three parts (views)."""
+        unet = {k[len(UNET_PREFIX) :]: v for k, v in weights.items() if k.startswith(UNET_PREFIX)}
+        vae = {k[len(VAE_PREFIX) :]: v for k, v in weights.items() if k.startswith(VAE_PREFIX)}
+        text = {k[len(TEXT_PREFIX) :]: v for k, v in weights.items() if k.startswith(TEXT_PREFIX)}
+        return {
+            "denoiser": {new: unet[old] for new, old in unet_to_diffusers(unet).items()},
+            "vae": {
+                new: vae[old].squeeze(-1).squeeze(-1) if is_vae_attention_weight(old) else vae[old]
+                for new, old in vae_to_diffusers(vae).items()
+            },
+            "text_encoder": {k: v for k, v in text.items() if not k.endswith("position_ids")},
+        }
+
+    def load(self, state_dicts: Mapping[str, Tensors], tokenizer: Any) -> Parts:
+        """Build the modules on the meta device and assign the given tensors to them, without a copy."""
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        text_sd = dict(state_dicts["text_encoder"])
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(**unet_config(state_dicts["denoiser"]))
+            vae = AutoencoderKL(**vae_config(state_dicts["vae"]))
+            text = CLIPTextModel(CLIPTextConfig(**text_config(text_sd)))
+        if not hasattr(text, "text_model"):  # transformers 5 dropped the inner module and its prefix
+            text_sd = {k.removeprefix("text_model."): v for k, v in text_sd.items()}
+        _assign(unet, state_dicts["denoiser"], "U-Net")
+        _assign(vae, state_dicts["vae"], "VAE")
+        _assign(text, text_sd, "text encoder")
+        embeddings = _text_body(text).embeddings
+        embeddings.position_ids = torch.arange(embeddings.position_embedding.weight.shape[0]).expand((1, -1))
+        rows = embeddings.token_embedding.weight.shape[0]
+        if len(tokenizer) != rows:
+            raise LoraGraftError(
+                "LG-BASE-006",
+                f"The tokenizer has {len(tokenizer)} entries, the text encoder {rows}.",
+                where="tokenizer",
+                why="captions would be read as other words than the base model learnt.",
+                fix="name the tokenizer folder that belongs to this base model",
+            )
+        for module in (unet, vae, text):
+            module.requires_grad_(False)
+        return Parts(unet, vae, text, tokenizer)
+
+    def encode_images(self, parts: Parts, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encode pixels (B, 3, H, W) in [-1, 1] into mean and std of their latents, float32, unscaled."""
+        vae = cast(Any, parts.vae)
+        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+        return {"mean": posterior.mean.float(), "std": posterior.std.float()}
+
+    def latents(self, moments: Tensors, noise: torch.Tensor) -> torch.Tensor:
+        """Draw scaled latents (B, 4, H/8, W/8) from moments with standard normal ``noise``."""
+        return (moments["mean"] + moments["std"] * noise) * SCALING_FACTOR
+
+    def tokenize(self, parts: Parts, captions: Sequence[str], max_token_length: int) -> torch.Tensor:
+        """Return token ids (B, chunks, 77): 75 between a start and an end token, as kohya cuts them."""
+        length = max_token_length + 2
+        ids = parts.tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).input_ids
+        starts = range(1, length - 1, CHUNK)
+        return torch.stack(
+            [torch.cat([ids[:, :1], ids[:, i : i + CHUNK], ids[:, -1:]], dim=1) for i in starts], dim=1
+        )
+
+    def encode_text(self, parts: Parts, ids: torch.Tensor, clip_skip: int) -> torch.Tensor:
+        """Return the conditioning (B, chunks*75+2, D): one start, all chunks' insides, one end token."""
+        batch, chunks, length = ids.shape
+        text = parts.text_encoder
+        out = text(ids.reshape(batch * chunks, length), output_hidden_states=clip_skip > 1)
+        hidden = (
+            out.last_hidden_state
+            if clip_skip == 1
+            else _text_body(text).final_layer_norm(out.hidden_states[-clip_skip])
+        )
+        hidden = hidden.reshape(batch, chunks, length, -1)
+        if chunks == 1:
+            return cast(torch.Tensor, hidden[:, 0])
+        inside = hidden[:, :, 1:-1].reshape(batch, chunks * (length - 2), -1)
+        return torch.cat([hidden[:, 0, :1], inside, hidden[:, -1, -1:]], dim=1)
+
+    def predict(self, parts: Parts, noisy: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """Return the predicted noise for noisy latents at integer timesteps t (B,)."""
+        return cast(torch.Tensor, parts.denoiser(noisy, t, encoder_hidden_states=cond, return_dict=False)[0])
+
+    def targets(self, parts: Parts, *, convolutions: bool) -> list[Target]:
+        """List the modules that kohya's trainer trains, in its order: text encoder first, then U-Net."""
+        classes = ATTENTION_CLASSES + (CONV_CLASSES if convolutions else ())
+        found = list(_inside(parts.text_encoder, TEXT_CLASSES, "text_encoder"))
+        return found + list(_inside(parts.denoiser, classes, "denoiser"))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        parts: Parts,
+        prompt: str,
+        *,
+        negative: str = "",
+        seed: int,
+        size: tuple[int, int],
+        steps: int = 20,
+        cfg: float = 7.0,
+        clip_skip: int = 1,
+    ) -> Image.Image:
+        """Draw one image of ``size`` (height, width) pixels with Euler's method (Karras et al. 2022)."""
+        device = next(parts.denoiser.parameters()).device
+        chunks = max(1, -(-max(len(parts.tokenizer(p).input_ids) - 2 for p in (prompt, negative)) // CHUNK))
+        ids = self.tokenize(parts, [negative, prompt], chunks * CHUNK).to(device)
+        cond = self.encode_text(parts, ids, clip_skip)
+        t = torch.linspace(self.schedule.num_timesteps - 1, 0, steps).round().long()
+        sigmas = torch.cat([self.schedule.sigmas[t], torch.zeros(1)]).to(device)
+        shape = (1, 4, size[0] // 8, size[1] // 8)
+        x = torch.randn(shape, generator=generator(seed, "sample")).to(device) * (1 + sigmas[0] ** 2) ** 0.5
+        for i in range(steps):
+            scaled = (x / (1 + sigmas[i] ** 2) ** 0.5).expand(2, -1, -1, -1)
+            eps_negative, eps = self.predict(parts, scaled, t[i].to(device).expand(2), cond).float().chunk(2)
+            x = x + (eps_negative + cfg * (eps - eps_negative)) * (sigmas[i + 1] - sigmas[i])
+        vae = cast(Any, parts.vae).to(device)
+        pixels = vae.decode((x / SCALING_FACTOR).to(vae.dtype), return_dict=False)[0][0].float()
+        levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def unet_config(sd: Tensors) -> dict[str, Any]:
+    """Read the U-Net's shape from diffusers-named weights."""
+    levels = _count(sd, r"down_blocks\.(\d+)\.")
+    attended = [f"down_blocks.{i}.attentions.0.norm.weight" in sd for i in range(levels)]
+    cross = next(v for k, v in sd.items() if k.endswith("attn2.to_k.weight"))
+    if cross.shape[1] == 1024 or sd["conv_in.weight"].shape[1] != 4:
+        kind = "SD2.x" if cross.shape[1] == 1024 else "an inpainting or otherwise extended model"
+        raise LoraGraftError(
+            "LG-BASE-004",
+            f"This base model is {kind}, which is not supported.",
+            where=f"U-Net: context width {cross.shape[1]}, {sd['conv_in.weight'].shape[1]} input channels",
+            why="this release trains SD1.x text-to-image models.",
+            fix="load an SD1.x checkpoint",
+        )
+    return {
+        "in_channels": 4,
+        "out_channels": 4,
+        "sample_size": 64,
+        "block_out_channels": tuple(
+            sd[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)
+        ),
+        "layers_per_block": _count(sd, r"down_blocks\.0\.resnets\.(\d+)\."),
+        "cross_attention_dim": cross.shape[1],
+        "attention_head_dim": NUM_HEADS,
+        "use_linear_projection": next(v for k, v in sd.items() if k.endswith("proj_in.weight")).ndim == 2,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attended),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)),
+    }
+
+
+def vae_config(sd: Tensors) -> dict[str, Any]:
+    """Read the VAE's shape from diffusers-named weights."""
+    levels = _count(sd, r"encoder\.down_blocks\.(\d+)\.")
+    return {
+        "block_out_channels": tuple(
+            sd[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)
+        ),
+        "layers_per_block": _count(sd, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "latent_channels": sd["post_quant_conv.weight"].shape[0],
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "norm_num_groups": 32,
+        "scaling_factor": SCALING_FACTOR,
+    }
+
+
+def text_config(sd: Tensors) -> dict[str, Any]:
+    """Read the text encoder's shape from its weights."""
+    vocabulary, hidden = sd["text_model.embeddings.token_embedding.weight"].shape
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": sd["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": _count(sd, r"text_model\.encoder\.layers\.(\d+)\."),
+        "num_attention_heads": max(1, hidden // TEXT_HEAD_DIM),
+        "max_position_embeddings": sd["text_model.embeddings.position_embedding.weight"].shape[0],
+        "hidden_act": "quick_gelu",
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": vocabulary - 1,
+    }
+
+
+def _text_body(text: nn.Module) -> Any:
+    """Return the module that holds embeddings, encoder and final_layer_norm (transformers 4 and 5)."""
+    return getattr(text, "text_model", text)
+
+
+def _inside(root: nn.Module, classes: tuple[str, ...], part: str) -> Iterator[Target]:
+    prefix = "lora_te" if part == "text_encoder" else "lora_unet"
+    for outer_path, outer in root.named_modules():
+        if type(outer).__name__ not in classes:
+            continue
+        for inner_path, inner in outer.named_modules():
+            if not isinstance(inner, (nn.Linear, nn.Conv2d)):
+                continue
+            path = f"{outer_path}.{inner_path}"
+            named = path if part == "denoiser" or path.startswith("text_model.") else f"text_model.{path}"
+            large = isinstance(inner, nn.Conv2d) and inner.kernel_size != (1, 1)
+            yield Target(part, path, f"{prefix}_{named.replace('.', '_')}", "conv" if large else "linear")
+
+
+def _assign(module: nn.Module, sd: Tensors, what: str) -> None:
+    missing, unexpected = module.load_state_dict(dict(sd), strict=False, assign=True)
+    if missing or unexpected:
+        raise LoraGraftError(
+            "LG-BASE-003",
+            f"The {what}'s weights do not fit SD1.x: {len(missing)} missing, {len(unexpected)} unknown.",
+            where=f"missing: {listed(missing, limit=3) or '-'}; unknown: {listed(unexpected, limit=3) or '-'}",
+            why="a module would keep random weights.",
+            fix="use a complete SD1.x checkpoint (U-Net, VAE and text encoder)",
+        )
+
+
+def _count(sd: Tensors, pattern: str) -> int:
+    return 1 + max((int(m[1]) for k in sd if (m := re.match(pattern, k))), default=-1)

@@ -1,0 +1,31 @@
+"""A base model's modules, and the modules in it that an adapter can train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass
+class Parts:
+    """A base model's modules, frozen, and its tokenizer; the weights may be a host's, shared."""
+
+    denoiser: nn.Module
+    vae: nn.Module
+    text_encoder: nn.Module
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module to train: where it lies, its name in a LoRA file, and which settings group it belongs to.
+
+    ``part`` is "denoiser" or "text_encoder"; ``kind`` is "linear" (1x1 convolutions too) or "conv".
+    """
+
+    part: str
+    path: str
+    key: str
+    kind: str

@@ -1,0 +1,102 @@
+"""The one gate for paths and names that a user or a shared workflow gives."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from .errors import LoraGraftError
+
+MAX_COMPONENT = 120
+MAX_PATH = 200
+RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))}
+FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*]')
+
+
+def safe_name(name: str, *, what: str = "name") -> str:
+    """Return ``name`` if it can be a file name on every system, else raise LG-PATH-001.
+
+    Refused: empty, separators, control characters, reserved device names, a leading or trailing
+    space or dot, more than 120 characters.
+    """
+    reason = _name_fault(name)
+    if reason:
+        raise LoraGraftError(
+            "LG-PATH-001",
+            f"The {what} {name[:60]!r} cannot be a file name.",
+            where=what,
+            why=reason,
+            fix="use letters, digits, '-', '_' and spaces, without folders",
+        )
+    return name
+
+
+def resolve(root: Path, user_text: str, *, what: str, must_exist: bool = False) -> Path:
+    """Return the path that ``user_text`` names below ``root``; else raise LG-PATH-002 or -003.
+
+    Refused: absolute paths, drive letters, network paths, '~', variables, '..', links that leave ``root``.
+    """
+    text = user_text
+    parts = [p for p in text.replace("\\", "/").split("/") if p not in ("", ".")]
+    reason = None
+    if not text.strip():
+        reason = "it is empty."
+    elif len(text) > MAX_PATH:
+        reason = f"it is longer than {MAX_PATH} characters."
+    elif text.startswith(("/", "\\", "~")) or re.match(r"[A-Za-z]:", text):
+        reason = "it is absolute; only folders below the allowed one can be used."
+    elif "$" in text or "%" in text:
+        reason = "it holds a variable."
+    elif "\\" in text and os.name != "nt":
+        reason = "it holds a backslash."
+    elif ".." in parts:
+        reason = "it leaves the allowed folder."
+    else:
+        reason = next((fault for p in parts if (fault := _name_fault(p, leading_dot=True))), None)
+    if reason is None:
+        base = os.path.realpath(root)
+        target = os.path.realpath(os.path.join(base, *parts))  # noqa: PTH118 (realpath must see the raw join)
+        try:
+            inside = os.path.commonpath([base, target]) == base
+        except ValueError:  # different drives
+            inside = False
+        if inside:
+            if must_exist and not Path(target).exists():
+                raise LoraGraftError(
+                    "LG-PATH-003",
+                    f"The {what} {text[:80]!r} does not exist.",
+                    where=f"below {root}",
+                    why="there is no such file or folder.",
+                    fix="check the spelling; quotes and spaces at the ends count",
+                )
+            return Path(target)
+        reason = "a link on the way leaves the allowed folder."
+    raise LoraGraftError(
+        "LG-PATH-002",
+        f"The {what} {text[:60]!r} is not allowed.",
+        where=what,
+        why=reason,
+        fix=f"name a folder or file below {root}",
+    )
+
+
+def _name_fault(name: str, *, leading_dot: bool = False) -> str | None:
+    if not name.strip():
+        return "it is empty."
+    if "/" in name or "\\" in name:
+        return "it holds a path separator."
+    if FORBIDDEN.search(name):
+        return 'it holds a control character or one of < > : " | ? *.'
+    if (
+        name in (".", "..")
+        or name.endswith((".", " "))
+        or name.startswith(" ")
+        or (name.startswith(".") and not leading_dot)
+    ):
+        return "it starts or ends with a dot or a space."
+    if name.split(".")[0].strip().lower() in RESERVED:
+        return "it is a reserved device name on Windows."
+    if len(name.encode()) > MAX_COMPONENT:
+        return f"it is longer than {MAX_COMPONENT} bytes."
+    return None

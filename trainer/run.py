@@ -1,0 +1,152 @@
+"""Everything that a step needs, how it is opened, and how it is put back to where it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .adapters import lora
+from .checkpoint import Checkpoint, RunFolder
+from .config import TrainConfig, denoiser_lr, encoder_lr
+from .data.batches import Batch, plan_epoch
+from .data.cache import TensorCache
+from .data.train_set import TrainSet
+from .engine.precision import Precision, enable_gradient_checkpointing, place
+from .families.opening import Base
+from .inputs import Inputs
+from .optim import build_optimizer
+from .parts import Parts
+from .plan import Plan
+
+
+@dataclass
+class Run:
+    """Everything that a step needs, and what it changes."""
+
+    base: Base
+    parts: Parts
+    train_set: TrainSet
+    config: TrainConfig
+    plan: Plan
+    precision: Precision
+    inputs: Inputs
+    adapter: lora.Adapter
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    folder: RunFolder
+    run_id: str
+    step: int = 0
+    micro_losses: list[float] = field(default_factory=list)
+    _epoch: tuple[int, list[Batch]] = (-1, [])
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All trained tensors."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def batches(self, step: int) -> list[Batch]:
+        """Return the micro-batches of ``step`` (from 0)."""
+        epoch, k = divmod(step, self.plan.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (
+                epoch,
+                plan_epoch(self.train_set, self.config.train_batch_size, self.config.seed, epoch),
+            )
+        return self._epoch[1][k * self.plan.accumulation : (k + 1) * self.plan.accumulation]
+
+
+def open_run(
+    base: Base,
+    train_set: TrainSet,
+    config: TrainConfig,
+    folder: RunFolder,
+    run_id: str,
+    plan: Plan,
+    precision: Precision,
+    cache: Path,
+) -> Run:
+    """Load the base, put the adapter on it and build the optimizer; nothing is trained yet."""
+    parts = base.load()
+    place(parts, precision)
+    rates = {"text_encoder": encoder_lr(config), "denoiser": denoiser_lr(config)}
+    settings = lora.Settings(
+        config.network_dim,
+        config.network_alpha,
+        config.conv_dim,
+        config.conv_alpha or 1.0,
+        config.seed,
+        denoiser=rates["denoiser"] > 0,
+        text_encoder=rates["text_encoder"] > 0,
+    )
+    targets = base.family.targets(parts, convolutions=config.conv_dim is not None)
+    adapter = lora.inject(parts, settings, targets)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(parts, denoiser=settings.denoiser, text_encoder=settings.text_encoder)
+    groups = [(adapter.parameters(part), rate) for part, rate in rates.items() if rate > 0]
+    optimizer = build_optimizer(config, groups)
+    inputs = Inputs(base, parts, train_set, config, precision, TensorCache(cache), settings.text_encoder)
+    return Run(
+        base,
+        parts,
+        train_set,
+        config,
+        plan,
+        precision,
+        inputs,
+        adapter,
+        optimizer,
+        precision.scaler(),
+        folder,
+        run_id,
+    )
+
+
+def training_state(run: Run) -> dict[str, torch.Tensor]:
+    """Return all that a continued run needs: adapter and optimizer state in full precision, losses."""
+    tensors = {f"adapter.{k}": v for k, v in run.adapter.state_dict().items()}
+    for i, parameter in enumerate(run.parameters):
+        for key, value in run.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{i}.{key}"] = torch.as_tensor(value).detach().cpu()
+    tensors["micro_losses"] = torch.tensor(run.micro_losses, dtype=torch.float32)
+    return tensors
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Put the run back to where ``checkpoint`` was written."""
+    tensors, info = checkpoint.tensors(), checkpoint.info()
+    run.adapter.load_state_dict(
+        {k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")}
+    )
+    for i, parameter in enumerate(run.parameters):
+        prefix = f"optimizer.{i}."
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if state:  # a parameter that no gradient reached has none
+            run.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
+    if run.scaler.is_enabled() and "scaler" in info:
+        run.scaler.load_state_dict(info["scaler"])
+    run.micro_losses = tensors["micro_losses"].tolist()
+    run.step = checkpoint.step
+
+
+def planned_lines(run: Run, resumed: Checkpoint | None) -> list[str]:
+    """Say in words what is known before step 1."""
+    config, plan = run.config, run.plan
+    records, modules = run.train_set.records, run.adapter.modules
+    in_denoiser = sum(m.target.part == "denoiser" for m in modules)
+    text = "kept once encoded" if run.inputs.keeps_text else "encoded at every step"
+    return [
+        *run.train_set.lines,
+        f"{len(records)} images, {sum(r.repeats for r in records)} with repeats; "
+        f"{plan.batches_per_epoch} batches per epoch of up to {config.train_batch_size}, "
+        f"{plan.accumulation} per step: {plan.steps_per_epoch} steps per epoch, "
+        f"{plan.total_steps} steps in {plan.num_epochs} epochs",
+        f"LoRA on {in_denoiser} denoiser and {len(modules) - in_denoiser} text encoder modules, "
+        f"rank {config.network_dim}, alpha {config.network_alpha:g}, "
+        f"{sum(p.numel() for p in run.parameters):,} parameters",
+        f"base {run.base.family.name} {run.base.weights_hash}",
+        f"{run.precision.name} on {run.precision.device}, captions {text}",
+        f"continues at step {resumed.step} with its optimizer state" if resumed else "starts at step 0",
+    ]

@@ -1,0 +1,103 @@
+"""A run's records on disk: settings as TOML, steps as JSON, lines for reading, TensorBoard."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from .config import TrainConfig, as_dict
+from .data.train_set import TrainSet
+from .events import Step
+from .families.opening import Base
+from .safefile import write_text
+
+
+def write_settings(folder: Path, train_set: TrainSet, config: TrainConfig, base: Base) -> None:
+    """Write run.toml: the resolved settings, as the command line reads them."""
+    tables = {"dataset": as_dict(train_set.config), "train": as_dict(config)}
+    head = f"# base {base.weights_hash}\n# data {train_set.fingerprint}\n"
+    write_text(folder / "run.toml", head + "\n".join(_table(name, values) for name, values in tables.items()))
+
+
+class RunLog:
+    """log.jsonl (every step) and log.log (for reading); a continued run drops steps to be retaken."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self.folder = folder
+        self._steps = folder / "log.jsonl"
+        if self._steps.exists():
+            kept = [
+                line
+                for line in self._steps.read_text(encoding="utf-8").splitlines()
+                if _step_of(line) <= first_step
+            ]
+            write_text(self._steps, "".join(line + "\n" for line in kept))
+        self._board = _tensorboard(folder / "tensorboard", first_step)
+
+    def __enter__(self) -> RunLog:
+        self._jsonl = self._steps.open("a", encoding="utf-8")
+        self._log = (self.folder / "log.log").open("a", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, GeneratorExit):
+            self.lines([str(error)])
+        self._jsonl.close()
+        self._log.close()
+        if self._board is not None:
+            self._board.close()
+
+    def step(self, event: Step) -> None:
+        """Record one step."""
+        self._jsonl.write(json.dumps(dataclasses.asdict(event)) + "\n")
+        self._jsonl.flush()
+        self.lines(
+            [f"step {event.step}/{event.total_steps} loss {event.loss:.5f} avr_loss {event.avr_loss:.5f}"]
+        )
+        if self._board is not None:
+            self._board.add_scalar("loss/current", event.loss, event.step)
+            self._board.add_scalar("loss/average", event.avr_loss, event.step)
+            for part, rate in event.learning_rates.items():
+                self._board.add_scalar(f"lr/{part}", rate, event.step)
+
+    def lines(self, lines: Iterable[str]) -> None:
+        """Record lines for reading."""
+        self._log.writelines(line + "\n" for line in lines)
+        self._log.flush()
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # optional: the JSON log holds the same figures
+        return None
+    return SummaryWriter(str(folder), purge_step=first_step + 1)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # cut short by a crash: dropped
+
+
+def _table(name: str, values: dict[str, Any]) -> str:
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
+    return f"[{name}]\n" + "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, str):
+        # TOML's basic strings escape as JSON's do, but for the DEL character
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
