@@ -34,7 +34,7 @@ FORBIDDEN_IN_PYTHON = (
     ("requests", r"\brequests\b"),
     ("urllib", r"urllib|http\.client|aiohttp"),
     ("torch.load", r"torch\.load|torch\.save"),
-    ("socket", r"\.connect\(|\.bind\(|\bsocket\b"),
+    ("socket", r"\.connect\(|\.bind\(|import socket|socket\.socket"),
     ("opencv", r"\bcv2\b"),
     ("remote code", r"trust_remote_code=True"),
     ("process-wide change", r"sys\.path\.|os\.chdir|os\.environ\[.*\]\s*=[^=]|os\.putenv"),

@@ -36,7 +36,7 @@ function refresh() {
     const run = runs.get(keyOf("", id));
     if (!newest.has(node) || (run?.updated ?? 0) > (newest.get(node)?.updated ?? 0)) newest.set(node, run);
   }
-  for (const [node, run] of newest) panels.get(node)?.show(run ?? newRun());
+  for (const [node, run] of newest) panels.get(node)?.show(run ?? newRun(), node.showAdvanced);
 }
 
 let frame = 0;
@@ -114,11 +114,11 @@ function recallEnd(run, id, messages) {
 
 function addPanel(node) {
   const words = strings(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en");
-  const panel = createPanel(words, ({ filename, subfolder, type }) =>
-    api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`),
-  );
+  const imageUrl = ({ filename, subfolder, type }) => api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
+  const panel = createPanel(words, imageUrl, () => toggleMore(node));
   panels.set(node, panel);
-  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => PANEL_HEIGHT };
+  const margin = 10; // the classic renderer's, above and below a DOM widget
+  const options = { serialize: false, hideOnZoom: false, margin, getMinHeight: () => PANEL_HEIGHT + 2 * margin };
   const widget = node.addDOMWidget("loragraft_panel", "loragraft_panel", panel.element, options);
   widget.serialize = false; // options.serialize keeps it out of the prompt, this out of the workflow file
   panel.element.addEventListener("wheel", (event) => passWheel(event, panel), { passive: false });
@@ -127,6 +127,33 @@ function addPanel(node) {
     panel.dispose();
     return onRemoved?.apply(this, args);
   };
+}
+
+/**
+ * Nodes 2.0 folds widgets that are marked as advanced away; the classic renderer shows them all, and a
+ * node of forty widgets fills the screen. So there they are hidden too, until node.showAdvanced.
+ */
+function foldAdvanced(node) {
+  let measuring = false;
+  const folded = (widget) => {
+    const linked = node.inputs?.some((input) => input.widget?.name === widget.name && input.link != null);
+    return measuring || (!globalThis.LiteGraph?.vueNodesMode && !node.showAdvanced && !linked);
+  };
+  for (const widget of node.widgets ?? []) {
+    if (!widget.options?.advanced) continue;
+    Object.defineProperty(widget, "hidden", { configurable: true, get: () => folded(widget), set: () => {} });
+  }
+  measuring = true;
+  node.setSize([node.size[0], node.computeSize()[1]]); // a new node's; a loaded one gets its saved size after this
+  measuring = false;
+}
+
+function toggleMore(node) {
+  const spare = Math.max(0, node.size[1] - node.computeSize()[1]); // the height that the user gave to the panel
+  node.showAdvanced = !node.showAdvanced;
+  node.setSize([node.size[0], node.computeSize()[1] + spare]);
+  node.setDirtyCanvas(true, true);
+  refreshSoon();
 }
 
 /** The wheel zooms the canvas, as everywhere on a node, except over text that scrolls. */
@@ -145,7 +172,9 @@ app.registerExtension({
     listen();
   },
   nodeCreated(node) {
-    if (node.comfyClass === NODE) addPanel(node);
+    if (node.comfyClass !== NODE) return;
+    addPanel(node);
+    foldAdvanced(node);
   },
   async afterConfigureGraph() {
     refresh();

@@ -3,7 +3,7 @@
 import { createChart, short } from "./chart.js";
 import { BUSY, clock, newRun, progress, timing } from "./runs.js";
 
-export const PANEL_HEIGHT = 320;
+export const PANEL_HEIGHT = 344;
 
 function make(tag, className, text = "") {
   const element = document.createElement(tag);
@@ -20,9 +20,13 @@ function button(className, text, tip, onClick) {
   return element;
 }
 
-/** `words` is a table of strings.js; `imageUrl(sample)` gives the address of an image on the server. */
-export function createPanel(words, imageUrl) {
+/**
+ * `words` is a table of strings.js; `imageUrl(sample)` gives the address of an image on the server;
+ * `onMore` shows or hides the node's advanced widgets (the style sheet hides the button in Nodes 2.0).
+ */
+export function createPanel(words, imageUrl, onMore = () => {}) {
   const root = make("div", "loragraft-panel");
+  const more = button("loragraft-more", words.more, "", onMore);
   const head = make("div", "loragraft-head");
   const phase = make("span", "loragraft-phase");
   const count = make("span", "loragraft-count");
@@ -84,7 +88,7 @@ export function createPanel(words, imageUrl) {
   });
   product.append(make("span", "loragraft-label", words.file), file, make("span", "loragraft-label", words.trigger), trigger);
   const message = make("div", "loragraft-message", words.stopped_hint);
-  root.append(head, bar, tiles, stage, legend, strip, product, message);
+  root.append(more, head, bar, tiles, stage, legend, strip, product, message);
 
   const chart = createChart(plot, showPoint);
   plot.firstChild.setAttribute("aria-label", words.loss);
@@ -177,8 +181,9 @@ export function createPanel(words, imageUrl) {
     trigger.hidden = trigger.previousSibling.hidden = run.trigger === "";
   }
 
-  function show(next) {
+  function show(next, moreShown = false) {
     run = next;
+    more.textContent = moreShown ? `\u25b4 ${words.less}` : `\u25be ${words.more}`;
     showHead();
     showTiles();
     showStage();

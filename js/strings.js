@@ -2,6 +2,10 @@
 
 const TABLE = {
   en: {
+    more: "More settings",
+    less: "Fewer settings",
+    what_images: "images",
+    what_captions: "captions",
     idle: "Not trained yet",
     preparing: "Preparing",
     encoding: "Encoding",
@@ -35,6 +39,10 @@ const TABLE = {
     copied: "Copied",
   },
   zh: {
+    more: "更多设置",
+    less: "收起设置",
+    what_images: "图片",
+    what_captions: "描述",
     idle: "尚未训练",
     preparing: "准备中",
     encoding: "编码中",
@@ -68,6 +76,10 @@ const TABLE = {
     copied: "已复制",
   },
   "zh-TW": {
+    more: "更多設定",
+    less: "收起設定",
+    what_images: "圖片",
+    what_captions: "描述",
     idle: "尚未訓練",
     preparing: "準備中",
     encoding: "編碼中",
@@ -101,6 +113,10 @@ const TABLE = {
     copied: "已複製",
   },
   ru: {
+    more: "Больше настроек",
+    less: "Меньше настроек",
+    what_images: "изображений",
+    what_captions: "описаний",
     idle: "Ещё не обучалось",
     preparing: "Подготовка",
     encoding: "Кодирование",

@@ -16,7 +16,7 @@ const SHEET = String.raw`
   flex-direction: column;
   gap: 6px;
   width: 100%;
-  min-height: 320px;
+  min-height: 320px; /* and the classic renderer adds the row of .loragraft-more: PANEL_HEIGHT */;
   padding: 8px 10px;
   overflow: hidden;
   contain: content;
@@ -35,6 +35,12 @@ const SHEET = String.raw`
 .loragraft-panel [hidden] { display: none !important; }
 .loragraft-panel * { box-sizing: border-box; margin: 0; }
 
+.loragraft-more {
+  flex: none; height: 20px; padding: 0; border: 0; border-radius: 4px; background: transparent; color: var(--lg-muted); font: inherit;
+  font-size: 11px; cursor: pointer;
+}
+.loragraft-more:hover { background: var(--lg-line); color: var(--lg-text); }
+.lg-node-widget .loragraft-more { display: none; }
 .loragraft-head { display: flex; align-items: center; gap: 7px; min-width: 0; }
 .loragraft-dot { flex: none; width: 8px; height: 8px; border-radius: 50%; background: var(--lg-phase); }
 .loragraft-phase { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-weight: 600; }

@@ -37,8 +37,8 @@ def open_base(model: Any, clip: Any, vae: Any) -> api.Base:
     _check_model(model)
     _check_clip(clip)
     _check_vae(vae)
-    for patcher in (model, clip.patcher, vae.patcher):
-        _take_patches_off(patcher)
+    for socket, patcher in (("MODEL", model), ("CLIP", clip.patcher), ("VAE", vae.patcher)):
+        _take_patches_off(patcher, socket)
     weights = dict(shared_weights(model, clip, vae))
     modules = (model.model.diffusion_model, clip.cond_stage_model, vae.first_stage_model)
     return api.open_base_from_weights(
@@ -196,13 +196,25 @@ def _family(socket: str, found: str) -> LoraGraftError:
     )
 
 
-def _take_patches_off(patcher: Any) -> None:
-    """Make the modules hold their plain weights: a clone with a LoRA may have baked its own into them."""
-    for loaded in management.current_loaded_models:
-        other = loaded.model
-        if other is not None and other.model is patcher.model and (other.patches or other.is_dynamic()):
-            management.unload_model_and_clones(patcher)
-            return
+def _take_patches_off(patcher: Any, socket: str) -> None:
+    """Make the modules hold their plain weights.
+
+    ComfyUI bakes a LoRA into the shared modules while a clone with it is loaded, and leaves it there
+    when that clone is gone; unloading puts the plain weights back.
+    """
+    loaded = list(management.current_loaded_models)
+    if any(entry.real_model is not None and entry.real_model() is patcher.model for entry in loaded):
+        management.unload_model_and_clones(patcher)
+    if patcher.backup:  # the clone's loader entry is dead: put the weights back as its next load would
+        patcher.detach()
+    if patcher.backup:
+        raise LoraGraftError(
+            "LG-NODE-002",
+            f"The {socket}'s plain weights cannot be had: another node keeps a LoRA baked into them.",
+            where=f"{socket}: {len(patcher.backup)} weights are set aside",
+            why="training would be done on the patched weights.",
+            fix="press Unload Models in ComfyUI, or restart it, and queue again",
+        )
 
 
 # ---- the remembered hash ----

@@ -73,8 +73,13 @@ def chromium_path() -> str | None:
 @lru_cache(maxsize=None)
 def missing(kind: str) -> str | None:
     """Say what a test of this kind lacks here, or None when it can run."""
-    if kind in ("comfy", "browser") and comfyui_path() is None:
-        return "no ComfyUI: COMFYUI_PATH is not set to one, and none lies two folders up"
+    if kind in ("comfy", "browser"):
+        if comfyui_path() is None:
+            return "no ComfyUI: COMFYUI_PATH is not set to one, and none lies two folders up"
+        from loragraft_tests.comfyui.harness import cannot_run
+
+        if reason := cannot_run():
+            return reason
     if kind == "browser":
         if importlib.util.find_spec("playwright") is None:
             return "no playwright: pip install playwright"

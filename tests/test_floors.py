@@ -19,11 +19,20 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("nodes.extension",),
     ("nodes",),
-    ("nodes.host",),
+    ("nodes.host", "nodes.host_demo", "nodes.host_sampling", "nodes.host_weights"),
     ("trainer.__main__", "trainer.demo.run"),
     ("trainer.api",),
     ("trainer.loop",),
-    ("trainer.preview",),
+    ("trainer.run", "trainer.publish"),
+    (
+        "trainer.draw",
+        "trainer.inputs",
+        "trainer.metadata",
+        "trainer.plan",
+        "trainer.preview",
+        "trainer.progress",
+        "trainer.runlog",
+    ),
     (
         "trainer.data",
         "trainer.families",
@@ -31,6 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "trainer.engine",
         "trainer.optim",
         "trainer.checkpoint",
+        "trainer.checks",
         "trainer.demo",
     ),
     (
@@ -47,7 +57,7 @@ ENTRY_POINTS = ("", "trainer")  # the two __init__ files above the floors, which
 
 HOST_MODULES = {"comfy", "comfy_extras", "comfy_execution", "execution", "folder_paths", "latent_preview"}
 HOST_MODULES |= {"node_helpers", "nodes", "server"}
-SCHEMA_MODULE = "comfy_api"  # what every node file may import; the rest of the host only nodes/host.py
+SCHEMA_MODULE = "comfy_api"  # what every node file may import; the rest of the host only nodes/host*.py
 OWN_NAMES = {"loragraft", "trainer"}
 
 
@@ -118,7 +128,7 @@ def violations(root: Path) -> list[str]:
             reason = _broken_rule(module, unit, name, relative, at_top)
             if reason:
                 found.append(f"{at}: {reason}")
-    return found + [f"import cycle: {' -> '.join(c)}" for c in cycles(root)]
+    return list(dict.fromkeys(found)) + [f"import cycle: {' -> '.join(c)}" for c in cycles(root)]
 
 
 def _broken_rule(module: str, unit: str | None, name: str, relative: bool, at_top: bool) -> str | None:
@@ -126,8 +136,8 @@ def _broken_rule(module: str, unit: str | None, name: str, relative: bool, at_to
     if not relative:
         if head in OWN_NAMES:
             return f"import {name} is absolute; imports inside the pack are relative"
-        if head in HOST_MODULES and module != "nodes.host":
-            return f"{name} belongs to ComfyUI; only nodes/host.py touches it"
+        if head in HOST_MODULES and not module.startswith("nodes.host"):
+            return f"{name} belongs to ComfyUI; only nodes/host*.py touch it"
         if head == SCHEMA_MODULE and module.startswith("trainer"):
             return f"{name} belongs to ComfyUI; the trainer knows nothing of it"
         return None
@@ -137,7 +147,7 @@ def _broken_rule(module: str, unit: str | None, name: str, relative: bool, at_to
         return f"an entry point imports {name} eagerly" if at_top else None
     target = unit_of(name)
     if target is None:
-        return None if module in ENTRY_POINTS else f"imports the package '{name or 'loragraft'}' above it"
+        return f"imports {name or 'loragraft'}, which has no floor"
     if target == unit or floor_of(target) < floor_of(unit):
         return None
     kind = "its sibling" if floor_of(target) == floor_of(unit) else "upwards"

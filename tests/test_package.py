@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shutil
@@ -80,6 +81,22 @@ def test_requirements_have_lower_bounds_only() -> None:
         # Python 3.10 gets no new releases; there an upper bound keeps ComfyUI's huggingface_hub as it is.
         on_310 = requirement.name == "diffusers" and str(requirement.marker) == 'python_version < "3.11"'
         assert bounds == (["<", ">="] if on_310 else [">="]), requirement
+
+
+def test_every_import_is_declared() -> None:
+    """What the shipped code imports is ours to declare, the host's own, or optional and found at run time."""
+    declared = {r.name.lower() for r in REQUIREMENTS} | HOSTS_OWN | {"pil", "comfy_api", "tensorboard"}
+    for path in package.shipped_files(ROOT):
+        if path.suffix != ".py" or path.name.startswith("host"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            for name in names:
+                head = name.split(".")[0]
+                known = head in sys.stdlib_module_names or head.lower() in declared
+                assert known or head == "tomllib", f"{path.relative_to(ROOT)}: {name}"
 
 
 def test_no_extra_brings_what_the_host_has() -> None:

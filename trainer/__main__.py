@@ -36,12 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     settings, base_path, data_path = _settings(arguments)
     data_config, train_config = api.make_both(settings, where=str(arguments.config or "command line"))
-    if base_path == "demo":
-        base = api.open_demo_base()
-    else:
-        base = api.open_base(
-            base_path, tokenizer=arguments.tokenizer, allow_download=arguments.allow_download
-        )
+    base = _open_base(base_path, arguments)
     folder = api.demo_dataset() if data_path == "demo" else Path(data_path)
     dataset = api.scan_folder(folder, on_bad=arguments.on_bad, class_tokens=arguments.class_tokens)
     train_set = api.build_train_set(dataset, data_config)
@@ -75,6 +70,47 @@ def _dataset(arguments: argparse.Namespace) -> int:
     dataset = api.scan_folder(folder, on_bad=arguments.on_bad, class_tokens=arguments.class_tokens)
     print("\n".join((*dataset.lines, *api.build_train_set(dataset, config).lines)))
     return 0
+
+
+def _preview(arguments: argparse.Namespace) -> int:
+    base = _open_base(arguments.pretrained_model_name_or_path, arguments)
+    strengths = api.parse_range(arguments.strengths)
+    files = [Path(f) for f in arguments.lora]
+    size = api.DrawSettings(
+        (arguments.height, arguments.width),
+        arguments.steps,
+        arguments.cfg,
+        arguments.clip_skip,
+        arguments.negative,
+    )
+    drawn = api.draw(
+        base,
+        files,
+        prompts=arguments.prompts,
+        seeds=arguments.seeds,
+        strengths=strengths,
+        settings=size,
+        device=arguments.device,
+    )
+    rows: dict[tuple[str, int], list[Any]] = {}
+    for cell in drawn:
+        rows.setdefault((cell.prompt, cell.seed), []).append(cell.image)
+        print(f"{cell.lora} at {cell.strength:g}: {cell.prompt!r}, seed {cell.seed}", file=sys.stderr)
+    columns = [f"{f.stem} {s:g}" if len(files) > 1 else f"{s:g}" for f in files for s in strengths]
+    sheet = api.grid(
+        list(rows.values()), [f"{p} ({s})" for p, s in rows], columns, title=", ".join(arguments.lora)
+    )
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(output)
+    print(f"Grid          {output}")
+    return 0
+
+
+def _open_base(path: str, arguments: argparse.Namespace) -> api.Base:
+    if path == "demo":
+        return api.open_demo_base()
+    return api.open_base(path, tokenizer=arguments.tokenizer, allow_download=arguments.allow_download)
 
 
 class _StopFlag:
@@ -161,15 +197,8 @@ def _parser() -> argparse.ArgumentParser:
             "--on_bad", choices=("stop", "skip"), default="stop", help="what to do about unreadable images"
         )
         if run is _train:
-            command.add_argument(
-                "--pretrained_model_name_or_path", help="base model file or folder, or 'demo'"
-            )
-            command.add_argument("--tokenizer", help="folder with vocab.json and merges.txt")
-            command.add_argument(
-                "--allow_download", action="store_true", help="let the tokenizer be fetched from the hub"
-            )
+            _add_base_arguments(command, required=False)
             command.add_argument("--output_dir", default="output", help="where runs/, loras/ and cache/ go")
-            command.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
             command.add_argument(
                 "--fresh", action="store_true", help="set an earlier run of the same settings aside"
             )
@@ -184,7 +213,44 @@ def _parser() -> argparse.ArgumentParser:
                     help=info.help.replace("%", "%%")
                     + (f" One of: {', '.join(info.choices)}." if info.choices else ""),
                 )
+    _add_preview(commands)
     return parser
+
+
+def _add_preview(commands: Any) -> None:
+    command = commands.add_parser(
+        "preview",
+        help="draw prompts with a LoRA at several strengths",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.set_defaults(run=_preview)
+    _add_base_arguments(command, required=True)
+    command.add_argument(
+        "--lora", nargs="+", required=True, help="LoRA files, for instance a run's checkpoints"
+    )
+    command.add_argument("--prompts", nargs="+", required=True)
+    command.add_argument("--negative", default="", help="negative prompt")
+    command.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    command.add_argument(
+        "--strengths", default="0, 0.7-1 [2]", help="numbers and ranges; 0 is without the LoRA"
+    )
+    command.add_argument("--width", type=int, default=512)
+    command.add_argument("--height", type=int, default=512)
+    command.add_argument("--steps", type=int, default=20)
+    command.add_argument("--cfg", type=float, default=7.0)
+    command.add_argument("--clip_skip", type=int, default=1)
+    command.add_argument("--output", default="output/grid.png", help="where the grid goes")
+
+
+def _add_base_arguments(command: argparse.ArgumentParser, *, required: bool) -> None:
+    command.add_argument(
+        "--pretrained_model_name_or_path", required=required, help="base model file or folder, or 'demo'"
+    )
+    command.add_argument("--tokenizer", help="folder with vocab.json and merges.txt")
+    command.add_argument(
+        "--allow_download", action="store_true", help="let the tokenizer be fetched from the hub"
+    )
+    command.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from .checks import make, make_both
 from .config import DatasetConfig, TrainConfig, as_dict, info_of
 from .data.records import Dataset, Record, scan_folder
 from .data.train_set import TrainSet, build_train_set
+from .draw import Drawn, draw
+from .draw import Settings as DrawSettings
 from .errors import LoraGraftError
 from .events import Cached, Event, Finished, Note, Planned, Sampled, Saved, Step
 from .families import opening
@@ -27,6 +29,8 @@ __all__ = [
     "Cached",
     "Dataset",
     "DatasetConfig",
+    "DrawSettings",
+    "Drawn",
     "Event",
     "Finished",
     "LoraGraftError",
@@ -45,6 +49,7 @@ __all__ = [
     "demo_base_file",
     "demo_dataset",
     "demo_tokenizer",
+    "draw",
     "find_tokenizer",
     "grid",
     "hash_weights",

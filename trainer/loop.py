@@ -236,11 +236,11 @@ def _sample(run: Run, prompt: str, path: Path) -> Sampled:
     width, height = resolution_wh(run.train_set.config)
     config = run.config
     with run.precision.autocast():
-        image = run.base.family.sample(
+        (image,) = run.base.family.sample(
             run.parts,
-            prompt,
+            [prompt],
             negative="",
-            seed=config.seed,
+            seeds=[config.seed],
             size=(height, width),
             steps=config.sample_steps,
             cfg=config.sample_cfg,

@@ -40,7 +40,7 @@ PROBES = """
   const panel = (id) => node(id)?.widgets?.find((w) => w.name === "loragraft_panel")?.element;
   window.probe = {
     app, api, node, panel,
-    ready: () => Boolean(app?.extensionManager && app.isGraphReady && app.rootGraph && window.LiteGraph?.registered_node_types?.LoraGraftTrainLoRA),
+    ready: () => Boolean(app.isGraphReady && app.extensionManager?.workflow?.activeWorkflow && !app.extensionManager.spinner),
     phase: (id) => panel(id)?.dataset.phase,
     text: (id) => panel(id)?.innerText,
     part: (id, name) => panel(id)?.querySelector(`.loragraft-${name}`)?.textContent,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 Prompt = dict[str, dict[str, Any]]
@@ -129,3 +130,9 @@ def native_prompt(lora: dict[str, Any] | None, *, prefix: str, **settings: Any) 
         "decoded": node("VAEDecode", samples=["sampled", 0], vae=["base", 2]),
         "save": node("SaveImage", images=["decoded", 0], filename_prefix=prefix),
     }
+
+
+def answer(outputs: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the JSON that a probe node answered with."""
+    found: dict[str, Any] = json.loads(outputs[name]["text"][0])
+    return found

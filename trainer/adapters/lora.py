@@ -6,7 +6,7 @@ are, whoever owns them. The adapter's tensors are float32 whatever the base's st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import LoraGraftError
+from ..errors import LoraGraftError, listed
 from ..objective import generator
 from ..parts import Parts, Target
 
@@ -149,26 +149,65 @@ def inject(parts: Parts, settings: Settings, targets: Sequence[Target]) -> Adapt
             if target.kind == "linear"
             else (cast(int, settings.conv_dim), settings.conv_alpha)
         )
-        parent_path, _, name = target.path.rpartition(".")
-        parent = roots[target.part].get_submodule(parent_path)
-        base = getattr(parent, name)
-        module: LoRAModule = (
-            LoRALinear(base, rank, alpha) if isinstance(base, nn.Linear) else LoRAConv(base, rank, alpha)
-        )
+        adapted.append(_replace(roots[target.part], target, rank, alpha))
+        module = adapted[-1].module
         bound = module.down[0].numel() ** -0.5
         start = torch.rand(module.down.shape, generator=generator(settings.seed, "init", target.key))
         module.down.data.copy_((start * 2 - 1) * bound)
-        setattr(parent, name, module)
-        adapted.append(Adapted(target, module, rank, alpha))
     if not adapted:
         raise LoraGraftError(
             "LG-RUN-001",
             "The LoRA matches no module of the base model.",
-            where=f"{len(targets)} candidates; trained parts: {[k for k, v in wanted.items() if v] or 'none'}",
+            where=f"{len(targets)} candidates; trained parts: {[k for k, v in wanted.items() if v]}",
             why="nothing would be trained.",
             fix="give unet_lr or text_encoder_lr a value above 0",
         )
     return Adapter(adapted)
+
+
+def attach(parts: Parts, tensors: Mapping[str, torch.Tensor], targets: Sequence[Target]) -> Adapter:
+    """Put a saved LoRA on the modules it names; raises LG-SAVE-006 if a tensor fits no module."""
+    roots: dict[str, nn.Module] = {"denoiser": parts.denoiser, "text_encoder": parts.text_encoder}
+    used: set[str] = set()
+    adapted = []
+    for target in targets:
+        names = [f"{target.key}.{n}" for n in ("lora_down.weight", "lora_up.weight", "alpha")]
+        if not all(name in tensors for name in names):
+            continue
+        down, up, alpha = (tensors[name] for name in names)
+        adapted.append(_replace(roots[target.part], target, down.shape[0], float(alpha)))
+        module = adapted[-1].module
+        if module.down.shape != down.shape or module.up.shape != up.shape:
+            continue  # left unused, so named below
+        module.down.data.copy_(down)
+        module.up.data.copy_(up)
+        used.update(names)
+    unused = [name for name in tensors if name not in used]
+    if unused:
+        raise LoraGraftError(
+            "LG-SAVE-006",
+            f"{len(unused)} of the LoRA's {len(tensors)} tensors fit no module of this base model.",
+            where=listed(unused, limit=3),
+            why="they would have no effect.",
+            fix="use the base model that the LoRA was trained on, or one of the same architecture",
+        )
+    return Adapter(adapted)
+
+
+def set_strength(adapter: Adapter, strength: float) -> None:
+    """Multiply the LoRA's effect by ``strength``; 0 is the base model."""
+    for m in adapter.modules:
+        m.module.scale = m.alpha / m.rank * strength
+
+
+def _replace(root: nn.Module, target: Target, rank: int, alpha: float) -> Adapted:
+    parent_path, _, name = target.path.rpartition(".")
+    parent = root.get_submodule(parent_path)
+    base = getattr(parent, name)
+    kind = LoRALinear if isinstance(base, nn.Linear) else LoRAConv
+    module: LoRAModule = kind(base, rank, alpha)
+    setattr(parent, name, module)
+    return Adapted(target, module, rank, alpha)
 
 
 def remove(parts: Parts, adapter: Adapter) -> None:

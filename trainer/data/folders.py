@@ -14,6 +14,7 @@ from .images import shown
 MAX_REPEATS = 10_000
 # What systems and archives leave behind; never part of a dataset.
 CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")
+JUNCTION = 0xA0000003  # IO_REPARSE_TAG_MOUNT_POINT, which Python's stat module has on Windows only
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,10 @@ def resolve_root(root: Path | str) -> tuple[Path, str]:
 
 
 def walk(root: Path, *, recursive: bool) -> Walk:
-    """List what lies below ``root`` (a resolved path); links that lead out of it are not followed."""
+    """List what lies below ``root`` (a resolved path); links that lead out of it are not followed.
+
+    A folder in it that cannot be read is noted as bad; raises LG-DATA-001 for the root itself.
+    """
     found = Walk()
     folders = [root]
     while folders:
@@ -76,8 +80,11 @@ def walk(root: Path, *, recursive: bool) -> Walk:
                     if _is_own_folder(entry, root, found):
                         (folders if recursive else found.unread_folders).append(Path(entry.path))
         except OSError as error:
-            name = folder.relative_to(root).as_posix()
-            found.bad[name] = f"folder: {error.strerror or type(error).__name__}"
+            reason = error.strerror or type(error).__name__
+            if folder == root:
+                fix = "allow reading it, or give another folder"
+                raise _no_folder(str(root), f"it cannot be read ({reason}).", fix) from error
+            found.bad[folder.relative_to(root).as_posix()] = f"folder: {reason}"
     found.files.sort(key=lambda file: natural_key(file.name))
     found.unread_folders.sort(key=lambda path: natural_key(path.name))
     return found
@@ -119,21 +126,26 @@ def _is_own_folder(entry: os.DirEntry[str], root: Path, found: Walk) -> bool:
     name = path.relative_to(root).as_posix()
     if entry.name.startswith(".") or entry.name.casefold() in CLUTTER:
         found.hidden.append(name)
-    elif entry.is_dir() or entry.is_symlink():
+    elif _is_link(entry):
         target = _target(path)
         if target is None or not target.is_relative_to(root):
             found.links.append(name)
-        elif not entry.is_dir():
-            _note_file(path, name, found)
-        elif target == path:
-            return True
-        else:
+        elif target.is_dir():
             found.linked_folders.append(name)  # its target is read under its own name
-    elif entry.is_file():
-        _note_file(path, name, found)
+        else:
+            _note_file(path, name, found)
+    elif entry.is_dir():
+        return True
     else:
-        found.special.append(name)
+        _note_file(path, name, found)
     return False
+
+
+def _is_link(entry: os.DirEntry[str]) -> bool:
+    """Say whether this is a symbolic link, or a junction (Windows' other link to a folder)."""
+    if entry.is_symlink():
+        return True
+    return getattr(entry.stat(follow_symlinks=False), "st_reparse_tag", 0) == JUNCTION
 
 
 def _note_file(path: Path, name: str, found: Walk) -> None:

@@ -18,8 +18,8 @@ from .draw import BIG_SIZES_PX, SIZES_PX, draw_scene, random_scene
 from .keep import TrainState
 from .models import build_vae
 
-BATCH = 16
-LEARNING_RATE = 1e-3
+BATCH = 8
+LEARNING_RATE = 8e-4
 KL_WEIGHT = 2e-4
 SAVE_EVERY_S = 100.0
 
@@ -53,7 +53,7 @@ def draw_batch(seed: int, step: int) -> torch.Tensor:
         size_px = SIZES_PX[rng.integers(1, len(SIZES_PX))]
     else:
         size_px = BIG_SIZES_PX[rng.integers(len(BIG_SIZES_PX))]
-        count = max(4, BATCH * 64 * 64 // (size_px[0] * size_px[1]))
+        count = max(2, BATCH * 64 * 64 // (size_px[0] * size_px[1]))
     return to_pixels(
         [
             draw_clutter(rng, size_px) if rng.random() < 0.55 else draw_scene(random_scene(rng, size_px))

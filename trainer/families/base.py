@@ -51,15 +51,15 @@ class Family(Protocol):
     def sample(
         self,
         parts: Parts,
-        prompt: str,
+        prompts: Sequence[str],
         *,
         negative: str,
-        seed: int,
+        seeds: Sequence[int],
         size: tuple[int, int],
         steps: int,
         cfg: float,
         clip_skip: int,
-    ) -> Image.Image:
-        """Draw one image of ``size`` (height, width) pixels with Euler's method."""
+    ) -> list[Image.Image]:
+        """Draw one image of ``size`` (height, width) pixels for each prompt and its seed."""
 
     metadata: Mapping[str, str]

@@ -69,14 +69,14 @@ def unet_to_ldm(diffusers_keys: Iterable[str]) -> dict[str, str]:
 def vae_to_diffusers(ldm_keys: Iterable[str]) -> dict[str, str]:
     """Map diffusers' VAE keys to the given LDM keys; attention weights change shape, see ``vae_shape``."""
     keys = list(ldm_keys)
-    levels = 1 + max((int(m[1]) for k in keys if (m := re.match(r"encoder\.down\.(\d+)\.", k))), default=0)
+    levels = 1 + max((int(m[1]) for k in keys if (m := re.match(r"decoder\.up\.(\d+)\.", k))), default=0)
     return {new: key for key in keys if (new := _replace(key, _vae_pairs(levels))) is not None}
 
 
 def vae_to_ldm(diffusers_keys: Iterable[str]) -> dict[str, str]:
     """Map LDM VAE keys to the given diffusers keys; attention weights become 1x1 convolutions there."""
     keys = list(diffusers_keys)
-    levels = 1 + max(int(m[1]) for k in keys if (m := re.match(r"encoder\.down_blocks\.(\d+)\.", k)))
+    levels = 1 + max(int(m[1]) for k in keys if (m := re.match(r"decoder\.up_blocks\.(\d+)\.", k)))
     pairs = [(new, old) for old, new in _vae_pairs(levels)]
     return {new: key for key in keys if (new := _replace(key, pairs)) is not None}
 

@@ -155,32 +155,38 @@ class SD15:
     def sample(
         self,
         parts: Parts,
-        prompt: str,
+        prompts: Sequence[str],
         *,
         negative: str = "",
-        seed: int,
+        seeds: Sequence[int],
         size: tuple[int, int],
         steps: int = 20,
         cfg: float = 7.0,
         clip_skip: int = 1,
-    ) -> Image.Image:
-        """Draw one image of ``size`` (height, width) pixels with Euler's method (Karras et al. 2022)."""
+    ) -> list[Image.Image]:
+        """Draw an image of ``size`` (height, width) pixels for each prompt and its seed.
+
+        Euler's method over k-diffusion's sigmas (Karras et al. 2022), with classifier-free guidance.
+        """
         device = next(parts.denoiser.parameters()).device
-        chunks = max(1, -(-max(len(parts.tokenizer(p).input_ids) - 2 for p in (prompt, negative)) // CHUNK))
-        ids = self.tokenize(parts, [negative, prompt], chunks * CHUNK).to(device)
+        longest = max(len(parts.tokenizer(p).input_ids) - 2 for p in (*prompts, negative))
+        texts = [negative] * len(prompts) + list(prompts)
+        ids = self.tokenize(parts, texts, max(1, -(-longest // CHUNK)) * CHUNK).to(device)
         cond = self.encode_text(parts, ids, clip_skip)
         t = torch.linspace(self.schedule.num_timesteps - 1, 0, steps).round().long()
         sigmas = torch.cat([self.schedule.sigmas[t], torch.zeros(1)]).to(device)
-        shape = (1, 4, size[0] // 8, size[1] // 8)
-        x = torch.randn(shape, generator=generator(seed, "sample")).to(device) * (1 + sigmas[0] ** 2) ** 0.5
+        shape = (4, size[0] // 8, size[1] // 8)
+        noise = torch.stack([torch.randn(shape, generator=generator(seed, "sample")) for seed in seeds])
+        x = noise.to(device) * (1 + sigmas[0] ** 2) ** 0.5
         for i in range(steps):
-            scaled = (x / (1 + sigmas[i] ** 2) ** 0.5).expand(2, -1, -1, -1)
-            eps_negative, eps = self.predict(parts, scaled, t[i].to(device).expand(2), cond).float().chunk(2)
+            scaled = (x / (1 + sigmas[i] ** 2) ** 0.5).repeat(2, 1, 1, 1)
+            both = self.predict(parts, scaled, t[i].to(device).expand(len(scaled)), cond)
+            eps_negative, eps = both.float().chunk(2)
             x = x + (eps_negative + cfg * (eps - eps_negative)) * (sigmas[i + 1] - sigmas[i])
         vae = cast(Any, parts.vae).to(device)
-        pixels = vae.decode((x / SCALING_FACTOR).to(vae.dtype), return_dict=False)[0][0].float()
-        levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+        pixels = vae.decode((x / SCALING_FACTOR).to(vae.dtype), return_dict=False)[0].float()
+        levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        return [Image.fromarray(image.numpy()) for image in levels.cpu()]
 
 
 def unet_config(sd: Tensors) -> dict[str, Any]:
@@ -214,13 +220,13 @@ def unet_config(sd: Tensors) -> dict[str, Any]:
 
 
 def vae_config(sd: Tensors) -> dict[str, Any]:
-    """Read the VAE's shape from diffusers-named weights."""
-    levels = _count(sd, r"encoder\.down_blocks\.(\d+)\.")
+    """Read the VAE's shape from its decoder's weights: the decoder has a block at every level."""
+    levels = _count(sd, r"decoder\.up_blocks\.(\d+)\.")
     return {
         "block_out_channels": tuple(
-            sd[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)
+            sd[f"decoder.up_blocks.{levels - 1 - i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)
         ),
-        "layers_per_block": _count(sd, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "layers_per_block": _count(sd, r"decoder\.up_blocks\.0\.resnets\.(\d+)\.") - 1,
         "latent_channels": sd["post_quant_conv.weight"].shape[0],
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
@@ -271,7 +277,7 @@ def _assign(module: nn.Module, sd: Tensors, what: str) -> None:
         raise LoraGraftError(
             "LG-BASE-003",
             f"The {what}'s weights do not fit SD1.x: {len(missing)} missing, {len(unexpected)} unknown.",
-            where=f"missing: {listed(missing, limit=3) or '-'}; unknown: {listed(unexpected, limit=3) or '-'}",
+            where=f"missing: {listed(missing, limit=3)}; unknown: {listed(unexpected, limit=3)}",
             why="a module would keep random weights.",
             fix="use a complete SD1.x checkpoint (U-Net, VAE and text encoder)",
         )

@@ -1,0 +1,70 @@
+"""What every trainer of the benchmark gets: the same base, images, seed and settings, as one small file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_IMAGES, REPEATS = 4, 100  # one epoch is longer than any run
+
+
+@dataclass(frozen=True)
+class Work:
+    """One training job; ``text_encoder`` says whether the text encoder is trained beside the U-Net."""
+
+    checkpoint: str
+    images: str
+    tokenizer: str
+    out: str
+    steps: int
+    resolution: int
+    text_encoder: bool
+    batch_size: int = 1
+    rank: int = 32
+    alpha: float = 16.0
+    learning_rate: float = 1e-4
+    seed: int = 42
+
+    def write(self, path: Path) -> Path:
+        """Write the job for a child process."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        return path
+
+    @staticmethod
+    def read(path: str) -> Work:
+        """Read the job in a child process."""
+        return Work(**json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def pack() -> ModuleType:
+    """Import this repository as the package ``loragraft``, whatever its folder is called."""
+    return load_by_path("loragraft", ROOT / "__init__.py")
+
+
+def load_by_path(name: str, file: Path) -> ModuleType:
+    """Import one file under a name; a package if it is an __init__.py."""
+    if name not in sys.modules:
+        package = [str(file.parent)] if file.name == "__init__.py" else None
+        spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=package)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def say_step(step: int, total: int, loss: float) -> None:
+    """Tell the parent, which holds the clock, that a step is done."""
+    print(f"bench step {step}/{total} loss {loss:.8f}", flush=True)
+
+
+def say_versions(*packages: str) -> None:
+    """Tell the parent which versions ran."""
+    from importlib.metadata import version
+
+    found = {"python": sys.version.split()[0], **{p: version(p) for p in packages}}
+    print("bench versions " + json.dumps(found), flush=True)

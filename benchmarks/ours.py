@@ -1,0 +1,53 @@
+"""Ours: the headless trainer as users get it. `python ours.py JOB.json`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import Work, pack, say_step, say_versions
+
+
+def main() -> None:
+    """Train the job's steps."""
+    work = Work.read(sys.argv[1])
+    pack()
+    from loragraft.trainer import api
+
+    say_versions("torch", "diffusers", "transformers")
+    base = api.open_base(work.checkpoint, tokenizer=work.tokenizer)
+    data, config = settings(work)
+    train_set = api.build_train_set(api.scan_folder(work.images), data)
+    out = Path(work.out)
+    places = api.Places(runs=out / "runs", loras=out / "loras", cache=out / "cache")
+    for event in api.train(base, train_set, config, places=places, device="cpu"):
+        if isinstance(event, api.Step):
+            say_step(event.step, event.total_steps, event.loss)
+
+
+def settings(work: Work):  # type: ignore[no-untyped-def]
+    """Return the job as the trainer's two configs."""
+    from loragraft.trainer import api
+
+    return api.make_both(
+        {
+            "output_name": "bench",
+            "resolution": work.resolution,
+            "enable_bucket": False,
+            "train_batch_size": work.batch_size,
+            "network_dim": work.rank,
+            "network_alpha": work.alpha,
+            "network_train_unet_only": not work.text_encoder,
+            "learning_rate": work.learning_rate,
+            "lr_scheduler": "constant",
+            "max_train_steps": work.steps,
+            "mixed_precision": "fp32",
+            "seed": work.seed,
+            "preview_image": False,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

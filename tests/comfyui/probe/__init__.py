@@ -1,0 +1,231 @@
+"""A custom node pack for tests only: it looks at the host from inside, and makes odd models.
+
+Its nodes answer with one JSON text in their ui output.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import importlib
+import json
+import logging
+import os
+import random
+import sys
+import threading
+import warnings
+
+import comfy.model_management
+import comfy.ops
+import numpy
+import torch
+
+
+def pack(module: str):
+    """Import a module of the LoraGraft pack as ComfyUI loaded it."""
+    name = next(n for n in sys.modules if n.endswith("ComfyUI-LoraGraft"))
+    return importlib.import_module(f"{name}.{module}")
+
+
+def modules_of(model, clip, vae):
+    return {"model": model.model, "clip": clip.cond_stage_model, "vae": vae.first_stage_model}
+
+
+def digest(*parts) -> str:
+    value = hashlib.sha256()
+    for part in parts:
+        value.update(part if isinstance(part, bytes) else repr(part).encode())
+    return value.hexdigest()[:16]
+
+
+def weights_hash(module) -> str:
+    return digest(
+        *((k, w.dtype, w.device, w.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+          if w.numel() and w.dim() else (k, w.dtype, w.device, w.detach().cpu().float().numpy().tobytes())
+          for k, w in module.state_dict().items())
+    )
+
+
+def state_of(module) -> str:
+    return digest(
+        [(n, m.training, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), "forward" in vars(m))
+         for n, m in module.named_modules()],
+        [(n, p.requires_grad, p.data_ptr(), p.grad is None) for n, p in module.named_parameters()],
+    )
+
+
+class ProbeHost:
+    """Report everything about the process that training must leave as it was."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = "probe", "look", True, ()
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"model": ("MODEL",), "clip": ("CLIP",), "vae": ("VAE",), "tag": ("STRING", {"default": ""})},
+            "optional": {"after": ("*",)},
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def look(self, model, clip, vae, tag, after=None):
+        parts = modules_of(model, clip, vae)
+        report = {
+            "inference_mode": torch.is_inference_mode_enabled(),
+            "grad": torch.is_grad_enabled(),
+            "default_dtype": str(torch.get_default_dtype()),
+            "threads": torch.get_num_threads(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "cudnn": [torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic],
+            "matmul": torch.get_float32_matmul_precision(),
+            "autocast": torch.is_autocast_enabled("cpu"),
+            "in_training": getattr(comfy.model_management, "in_training", None),
+            "torch_rng": digest(torch.get_rng_state().numpy().tobytes()),
+            "python_rng": digest(random.getstate()),
+            "numpy_rng": digest(numpy.random.get_state()[1].tobytes()),
+            "cwd": os.getcwd(),
+            "environment": digest(sorted(os.environ.items())),
+            "sys_path": list(sys.path),
+            "umask_free_modules": "nodes" in sys.modules and not hasattr(sys.modules["nodes"], "TrainLoRA"),
+            "log_handlers": [type(h).__name__ for h in logging.getLogger().handlers],
+            "log_level": logging.getLogger().level,
+            "warning_filters": digest([(f[0], str(f[1]), f[2].__name__, str(f[3])) for f in warnings.filters]),
+            "threads_alive": sorted(t.name.split("-")[0] for t in threading.enumerate()),
+            "weights": {k: weights_hash(m) for k, m in parts.items()},
+            "modules": {k: state_of(m) for k, m in parts.items()},
+            "patches": [len(model.patches), len(clip.patcher.patches)],
+        }
+        return {"ui": {"text": [json.dumps(report)]}}
+
+
+class ProbeMemory:
+    """Count live tensors and open files after a collection."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = "probe", "look", True, ()
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"tag": ("STRING", {"default": ""})}, "optional": {"after": ("*",)}}
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def look(self, tag, after=None):
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"}
+        report = {
+            "tensor_bytes": sum(storages.values()),
+            "needing_grad": sum(t.requires_grad for t in tensors),
+            "files": len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0,
+        }
+        return {"ui": {"text": [json.dumps(report)]}}
+
+
+class ProbeShare:
+    """Open the base as Train LoRA does and compare addresses with the host's weights."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = "probe", "look", True, ()
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "clip": ("CLIP",), "vae": ("VAE",), "tag": ("STRING", {"default": ""})}}
+
+    def look(self, model, clip, vae, tag):
+        with pack("nodes.host").training_mode():
+            base = pack("nodes.host_weights").open_base(model, clip, vae)
+            parts = base.load()
+            host = {w.data_ptr() for m in modules_of(model, clip, vae).values() for w in m.state_dict().values()}
+            loaded = {
+                f"{part}.{k}": w
+                for part in ("denoiser", "vae", "text_encoder")
+                for k, w in getattr(parts, part).state_dict().items()
+                if not k.endswith("position_ids")
+            }
+            report = {
+                "count": len(loaded),
+                "copied": [k for k, w in loaded.items() if w.data_ptr() not in host],
+                "inference": [k for k, w in loaded.items() if w.is_inference()],
+                "host_inference": any(w.is_inference() for w in model.model.state_dict().values()),
+                "hash": base.weights_hash,
+                "name": base.name,
+                "tokenizer": str(base.tokenizer_folder),
+            }
+        return {"ui": {"text": [json.dumps(report)]}}
+
+
+class ProbeOddModel:
+    """Return a copy of MODEL, CLIP and VAE that Train LoRA must refuse."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "make", ("MODEL", "CLIP", "VAE")
+    KINDS = ("fp8", "packed", "meta", "v_prediction", "inpaint", "no_clip", "no_vae", "bypass", "clip_layer", "sdxl")
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "clip": ("CLIP",), "vae": ("VAE",), "kind": (list(cls.KINDS),)}}
+
+    def make(self, model, clip, vae, kind):
+        if kind == "no_clip":
+            return model, None, vae
+        if kind == "no_vae":
+            return model, clip, None
+        if kind == "clip_layer":
+            clip = clip.clone()
+            clip.clip_layer(-2)
+            return model, clip, vae
+        if kind == "v_prediction":
+            import comfy.model_sampling as sampling
+
+            class Sampling(sampling.ModelSamplingDiscrete, sampling.V_PREDICTION):
+                pass
+
+            model = model.clone()
+            model.add_object_patch("model_sampling", Sampling(model.model.model_config))
+            return model, clip, vae
+        if kind == "bypass":
+            model = model.clone()
+            model.set_injections("bypass_lora", [object()])
+            return model, clip, vae
+        model = model.clone(force_deepcopy=True)
+        inner = model.model
+        weight = inner.diffusion_model.input_blocks[1][0].in_layers[2].weight
+        if kind == "fp8":
+            inner.diffusion_model.to(torch.float8_e4m3fn)
+        elif kind == "packed":
+
+            class GGMLTensor(torch.Tensor):
+                pass
+
+            packed = torch.zeros(weight.shape).as_subclass(GGMLTensor)
+            inner.diffusion_model.input_blocks[1][0].in_layers[2].weight = torch.nn.Parameter(packed, requires_grad=False)
+        elif kind == "meta":
+            inner.diffusion_model.to("meta")
+        elif kind == "inpaint":
+            inner.model_config = copy.copy(inner.model_config)
+            inner.model_config.unet_config = {**inner.model_config.unet_config, "in_channels": 9}
+        elif kind == "sdxl":
+            import comfy.supported_models
+
+            inner.model_config = comfy.supported_models.SDXL(inner.model_config.unet_config)
+        return model, clip, vae
+
+
+NODE_CLASS_MAPPINGS = {
+    "ProbeHost": ProbeHost,
+    "ProbeMemory": ProbeMemory,
+    "ProbeShare": ProbeShare,
+    "ProbeOddModel": ProbeOddModel,
+}

@@ -1,0 +1,114 @@
+"""Training leaves the host as it was, works on its very weights, and gives what the command line gives."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from loragraft.trainer import __main__ as cli
+from loragraft.trainer import api
+from loragraft_tests.comfyui import prompts
+from loragraft_tests.comfyui.harness import Comfy
+
+BASE: dict[str, Any] = {"model": ["base", 0], "clip": ["base", 1], "vae": ["base", 2]}
+
+
+def test_the_very_weights_are_shared(server: Comfy) -> None:
+    graph = {"base": prompts.node("LoraGraftLoadDemoBase"), "share": prompts.node("ProbeShare", **BASE, tag="1")}
+    report = prompts.answer(server.run(graph), "share")
+    assert report["host_inference"], "the host's weights are inference tensors, or this test shows nothing"
+    assert report["count"] > 600
+    assert report["copied"] == [] and report["inference"] == []
+    assert report["hash"] == api.open_demo_base().weights_hash
+    assert report["name"] == api.open_demo_base().name
+    assert Path(report["tokenizer"]).resolve() == api.demo_tokenizer().resolve()
+
+
+def test_the_hash_is_that_of_the_plain_weights_while_a_lora_is_loaded(server: Comfy) -> None:
+    """ComfyUI bakes a LoRA into the shared modules and leaves it there after the graph has ended."""
+    outputs = server.run(prompts.train_prompt(output_name="baked", max_train_steps=2, seed=41, learning_rate=0.01))
+    assert not outputs["train"]["loragraft"][0]["reused"]
+    lora = {"lora_name": "baked.safetensors", "strength_model": 1.0, "strength_clip": 1.0}
+    server.run(prompts.native_prompt(lora, prefix="baked"))
+    graph = {"base": prompts.node("LoraGraftLoadDemoBase"), "share": prompts.node("ProbeShare", **BASE, tag="2")}
+    assert prompts.answer(server.run(graph), "share")["hash"] == api.open_demo_base().weights_hash
+
+
+def test_nothing_of_the_host_is_changed(server: Comfy) -> None:
+    def look(tag: str, **more: Any) -> dict[str, Any]:
+        graph = {"base": prompts.node("LoraGraftLoadDemoBase"), "look": prompts.node("ProbeHost", **BASE, tag=tag)}
+        return prompts.answer(server.run({**graph, **more}), "look")
+
+    def train(**settings: Any) -> None:
+        server.run(prompts.train_prompt(output_name="hygiene", max_train_steps=3, **settings))
+
+    train(seed=50, sample_prompts="a creature")  # a warm-up: libraries set themselves up once
+    before = look("before")
+    assert before["inference_mode"] and not before["grad"]
+    train(seed=51, sample_prompts="a creature", gradient_checkpointing=True)
+    train(seed=52, mixed_precision="bf16", network_train_unet_only=True, conv_dim=2)
+    failed = prompts.train_prompt(output_name="hygiene", max_train_steps=3, seed=53, learning_rate=10.0)
+    failed["build"]["inputs"]["resolution"] = 72
+    assert server.wait(server.queue(failed))["status"]["status_str"] == "error"
+    after = look("after")
+    assert after == before
+
+
+def test_an_image_of_the_same_seed_is_the_same_after_training(server: Comfy) -> None:
+    def draw(prefix: str) -> bytes:
+        outputs = server.run(prompts.native_prompt(None, prefix=prefix, seeds="77"))
+        return (server.base / "output" / outputs["save"]["images"][0]["filename"]).read_bytes()[-2000:]
+
+    first = draw("before")
+    server.run(prompts.train_prompt(output_name="same_image", max_train_steps=2, seed=54))
+    assert draw("after") == first
+
+
+def test_the_graph_and_the_command_line_give_the_same(server: Comfy, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "output_name": "both_ways", "max_train_steps": 5, "seed": 61, "shuffle_caption": False, "conv_dim": 2,
+        "conv_alpha": 1.0, "text_encoder_lr": 5e-4, "lr_scheduler": "cosine", "min_snr_gamma": 5.0,
+    }  # fmt: skip
+    build = {"shuffle_caption": True, "keep_tokens": 1, "caption_dropout_rate": 0.1}
+    train = {k: v for k, v in settings.items() if k != "shuffle_caption"}
+    graph = prompts.train_prompt(**train)
+    graph["build"]["inputs"] |= build
+    workflow = {"id": "both", "nodes": [], "links": []}
+    server.run(graph, workflow)
+
+    off = {"unet_lr": -1, "text_encoder_lr": -1, "max_train_epochs": 0, "min_snr_gamma": 0, "save_every_n_epochs": 0}
+    values = {**prompts.BUILD, **build, **prompts.TRAIN, **train}
+    lines = [f"{k} = {_toml(v)}" for k, v in values.items() if not (k in off and v == off[k]) and k != "sample_prompts"]
+    config = tmp_path / "run.toml"
+    config.write_text("\n".join([*lines, "sample_prompts = []"]), "utf-8")
+    arguments = [
+        "train", "--config", str(config), "--pretrained_model_name_or_path", "demo", "--train_data_dir", "demo",
+        "--output_dir", str(tmp_path / "out"), "--device", "cpu",
+    ]  # fmt: skip
+    status: list[int] = []
+    # a main thread's signal handler is not wanted here, so the command's own is left out
+    cli_stop = cli._StopFlag
+    try:
+        cli._StopFlag = lambda: type("Stop", (), {"wanted": False})()  # type: ignore[assignment, misc, return-value]
+        worker = threading.Thread(target=lambda: status.append(cli.main(arguments)))
+        worker.start()
+        worker.join()
+    finally:
+        cli._StopFlag = cli_stop  # type: ignore[misc]
+    assert status == [0]
+
+    ours = server.base / "models/loras/both_ways.safetensors"
+    theirs = tmp_path / "out/loras/both_ways.safetensors"
+    graph_tensors, cli_tensors = api.lora_tensors(ours), api.lora_tensors(theirs)
+    assert list(graph_tensors) == list(cli_tensors) and len(cli_tensors) > 400
+    for key, tensor in cli_tensors.items():
+        assert tensor.dtype == graph_tensors[key].dtype and torch.equal(tensor, graph_tensors[key]), key
+    graph_metadata, cli_metadata = api.lora_metadata(ours), api.lora_metadata(theirs)
+    assert graph_metadata.pop("workflow")
+    assert graph_metadata == cli_metadata
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')

@@ -1,0 +1,43 @@
+"""What the trainer's tests share: one tiny random base model, its tokenizer, and a few noise images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loragraft_tests.trainer import runs, tiny
+
+from loragraft.trainer import api
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the tiny tokenizer's folder."""
+    return tiny.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the tiny base model's single file, fp16."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("base") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def base(checkpoint: Path, tokenizer: Path) -> api.Base:
+    """Return the opened tiny base model."""
+    return api.open_base(checkpoint, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of four noise images in three buckets, each used twice an epoch."""
+    root = tmp_path_factory.mktemp("images")
+    tiny.write_images(root / "2_zibu", [(32, 32), (40, 24), (24, 40), (32, 32)])
+    return root
+
+
+@pytest.fixture(scope="session")
+def train_set(images: Path) -> Any:
+    """Return the images as they are trained: four batches an epoch at batch size 3, one of them partial."""
+    return runs.train_set(images)

@@ -1,0 +1,78 @@
+"""Draw with LoRA files on an opened base, without a host: for `loragraft preview` and the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from .adapters.files import read_tensors
+from .adapters.lora import attach, remove, set_strength
+from .engine.precision import place, resolve
+from .families.opening import Base
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to draw; ``size`` is (height, width) in pixels."""
+
+    size: tuple[int, int] = (512, 512)
+    steps: int = 20
+    cfg: float = 7.0
+    clip_skip: int = 1
+    negative: str = ""
+    mixed_precision: str = "auto"
+    batch: int = 8
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One image and what it was drawn from; ``lora`` is the file's name without suffix."""
+
+    lora: str
+    strength: float
+    prompt: str
+    seed: int
+    image: Image.Image
+
+
+def draw(
+    base: Base,
+    lora_files: Sequence[Path],
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    strengths: Sequence[float],
+    settings: Settings,
+    device: torch.device | str | None = None,
+) -> Iterator[Drawn]:
+    """Yield an image for every file, strength, prompt and seed, in this order."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = resolve(settings.mixed_precision, device)
+    parts = base.load()
+    place(parts, precision)
+    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
+    for file in lora_files:
+        targets = base.family.targets(parts, convolutions=True)
+        adapter = attach(parts, read_tensors(file), targets)
+        for strength in strengths:
+            set_strength(adapter, strength)
+            for start in range(0, len(wanted), settings.batch):
+                batch = wanted[start : start + settings.batch]
+                with precision.autocast():
+                    images = base.family.sample(
+                        parts,
+                        [prompt for prompt, _ in batch],
+                        negative=settings.negative,
+                        seeds=[seed for _, seed in batch],
+                        size=settings.size,
+                        steps=settings.steps,
+                        cfg=settings.cfg,
+                        clip_skip=settings.clip_skip,
+                    )
+                for (prompt, seed), image in zip(batch, images, strict=True):
+                    yield Drawn(file.stem, strength, prompt, seed, image)
+        remove(parts, adapter)
