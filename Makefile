@@ -8,13 +8,17 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 TORCH_ARGS ?= $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-JOBS ?= 1
 
 # ComfyUI: named, or two folders up when this folder lies in ComfyUI/custom_nodes.
 COMFYUI_PATH ?= $(if $(wildcard ../../comfy/sd.py),../..)
-# The interpreter that runs ComfyUI; without one, ComfyUI's requirements join our environment.
+# The interpreter that runs it; without one, ComfyUI's requirements get an environment beside ours.
 COMFYUI_PYTHON ?=
-HOST = $(if $(COMFYUI_PATH),$(if $(COMFYUI_PYTHON),,$(VENV)/.host-ready))
+HOST := $(if $(COMFYUI_PATH),$(VENV)/.browser-ready $(if $(COMFYUI_PYTHON),,$(VENV)/.host-ready))
+ifneq ($(COMFYUI_PATH),)
+ifeq ($(COMFYUI_PYTHON),)
+COMFYUI_PYTHON := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/host/bin/python
+endif
+endif
 export COMFYUI_PATH COMFYUI_PYTHON
 
 PY = "$(VENV)/bin/python"
@@ -42,8 +46,18 @@ $(VENV)/.ready: $(VENV)/.torch pyproject.toml requirements.txt
 	@mkdir -p "$(VENV)/typing" && ln -sfn "$(CURDIR)" "$(VENV)/typing/loragraft"
 	@touch "$@"
 
+$(VENV)/.browser-ready: $(VENV)/.ready
+	$(PIP) install --quiet -e ".[browser]"
+	@touch "$@"
+
+# ComfyUI's requirements in an environment that lies over ours and takes torch from it: PyPI's
+# torchvision does not load beside a CPU build of torch, and would break transformers for the trainer.
 $(VENV)/.host-ready: $(VENV)/.ready
-	$(PIP) install --quiet $(TORCH) -r "$(COMFYUI_PATH)/requirements.txt" -e ".[browser]"
+	$(PY) -m venv "$(VENV)/host"
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(echo "$(VENV)"/host/lib/python*/site-packages)/zz_trainer.pth"
+	grep -v -E '^(torch|torchaudio)([^a-z]|$$)' "$(COMFYUI_PATH)/requirements.txt" > "$(VENV)/host/requirements.txt"
+	"$(COMFYUI_PYTHON)" -m pip --disable-pip-version-check install --quiet $(TORCH) -r "$(VENV)/host/requirements.txt"
 	@touch "$@"
 
 demo: $(VENV)/.ready  ## train a LoRA on the embedded base, draw a grid, into output/demo

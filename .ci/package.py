@@ -45,7 +45,10 @@ FORBIDDEN_IN_JS = (
     ("bind", r"\.bind\("),
     ("connect", r"\.connect\("),
     ("javascript link", r"javascript:"),
-    ("another server", r"https?://(?!www\.w3\.org/(2000/svg|1999/xlink|1999/xhtml))|\bWebSocket\b|XMLHttpRequest"),
+    (
+        "another server",
+        r"https?://(?!www\.w3\.org/(2000/svg|1999/xlink|1999/xhtml))|\bWebSocket\b|XMLHttpRequest",
+    ),
     ("vendored or minified", r"@license|sourceMappingURL"),
 )
 FORBIDDEN_EVERYWHERE = (("machine path", r"/tmp/|/work/|/root/|/home/|[A-Z]:\\\\?Users"),)
@@ -60,7 +63,9 @@ def shipped_files(root: Path) -> list[Path]:
     found = []
     for folder, folders, files in os.walk(root):
         here = Path(folder)
-        folders[:] = [f for f in folders if not ignored.match_file(f"{(here / f).relative_to(root).as_posix()}/")]
+        folders[:] = [
+            f for f in folders if not ignored.match_file(f"{(here / f).relative_to(root).as_posix()}/")
+        ]
         for name in files:
             path = here / name
             if not ignored.match_file(path.relative_to(root).as_posix()):
@@ -83,7 +88,11 @@ def scan(root: Path, files: list[Path]) -> list[str]:
         if path.suffix in (".js", ".html", ".css"):
             rules += FORBIDDEN_IN_JS
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            found += [f"{name}:{number}: {what}: {line.strip()[:100]}" for what, rule in rules if re.search(rule, line)]
+            found += [
+                f"{name}:{number}: {what}: {line.strip()[:100]}"
+                for what, rule in rules
+                if re.search(rule, line)
+            ]
             if path.suffix == ".js" and len(line) > MAX_JS_LINE:
                 found.append(f"{name}:{number}: vendored or minified: a line of {len(line)} characters")
     return found
@@ -111,7 +120,9 @@ def main() -> None:
     files = shipped_files(ROOT)
     found = scan(ROOT, files)
     if demo_bytes(ROOT, files) > MAX_DEMO_BYTES:
-        found.append(f"trainer/demo: {demo_bytes(ROOT, files):,} bytes of model and images, at most {MAX_DEMO_BYTES:,}")
+        found.append(
+            f"trainer/demo: {demo_bytes(ROOT, files):,} bytes of model and images, at most {MAX_DEMO_BYTES:,}"
+        )
     if found:
         sys.exit("\n".join(found))
     target = ROOT / "dist" / "loragraft.zip"

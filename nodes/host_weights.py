@@ -136,12 +136,14 @@ def _check_model(model: Any) -> None:
         raise _family("MODEL", f"SD1.x with {config.unet_config.get('in_channels')} input channels (inpainting, edit)")
     sampling = model.get_model_object("model_sampling")
     sigma_max = float(getattr(sampling, "sigma_max", 0.0))
-    if not isinstance(sampling, comfy.model_sampling.EPS) or abs(sigma_max - SD15_SIGMA_MAX) > 0.01:
-        kinds = ", ".join(c.__name__ for c in type(sampling).__mro__[1:3])
+    kinds = [c for c in type(sampling).__mro__ if c.__module__ == comfy.model_sampling.__name__]
+    # In ComfyUI every other prediction type derives from EPS.
+    eps = comfy.model_sampling.EPS in kinds and not any(c is not comfy.model_sampling.EPS and issubclass(c, comfy.model_sampling.EPS) for c in kinds)
+    if not eps or abs(sigma_max - SD15_SIGMA_MAX) > 0.01:
         raise LoraGraftError(
             "LG-NODE-006",
             "The MODEL's sampling is not one that training knows.",
-            where=f"MODEL: {kinds}, largest sigma {sigma_max:.4g}",
+            where=f"MODEL: {', '.join(c.__name__ for c in kinds)}, largest sigma {sigma_max:.4g}",
             why=f"this release trains eps-prediction on noise up to sigma {SD15_SIGMA_MAX:.4g}, as SD1.x was made.",
             fix="link the loader's MODEL, without ModelSampling nodes; v-prediction models cannot be trained yet",
         )

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,7 +59,7 @@ load_by_path("loragraft_tests", TESTS)
 def comfyui_path() -> Path | None:
     """Return ComfyUI's folder: COMFYUI_PATH, else two folders up; None where there is none."""
     given = os.environ.get("COMFYUI_PATH")
-    folder = Path(given).expanduser() if given else ROOT.parent.parent
+    folder = Path(given).expanduser().resolve() if given else ROOT.parent.parent
     return folder if (folder / "main.py").is_file() and (folder / "comfy").is_dir() else None
 
 
@@ -70,7 +70,7 @@ def chromium_path() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-@lru_cache(maxsize=None)
+@cache
 def missing(kind: str) -> str | None:
     """Say what a test of this kind lacks here, or None when it can run."""
     if kind in ("comfy", "browser"):

@@ -1,4 +1,4 @@
-"""Installing our requirements changes no package that ComfyUI has: pip's own resolver, asked without installing."""
+"""Installing our requirements changes no package that ComfyUI has: asked of pip's resolver."""
 
 from __future__ import annotations
 

@@ -293,6 +293,8 @@ def test_the_small_pack_is_clean(small_pack: Path) -> None:
 def test_a_planted_violation_is_caught(small_pack: Path, kind: str) -> None:
     name, source, expected = PLANTED[kind]
     file = small_pack / name
-    file.write_text((file.read_text(encoding="utf-8") if file.exists() else "") + "\n" + source, encoding="utf-8")
+    file.write_text(
+        (file.read_text(encoding="utf-8") if file.exists() else "") + "\n" + source, encoding="utf-8"
+    )
     found = violations(small_pack)
     assert any(expected in line for line in found), found

@@ -12,10 +12,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import loragraft
 import pytest
-from loragraft_tests.shipping import package
 from packaging.requirements import Requirement
+
+import loragraft
+from loragraft_tests.shipping import package
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -123,7 +124,9 @@ def test_registry_facts() -> None:
     project, comfy = PROJECT["project"], PROJECT["tool"]["comfy"]
     assert re.fullmatch(r"[a-z][a-z0-9-]*", project["name"]) and "comfy" not in project["name"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
-    assert (ROOT / project["license"]["file"]).read_text(encoding="utf-8").lstrip().startswith("Apache License")
+    assert (
+        (ROOT / project["license"]["file"]).read_text(encoding="utf-8").lstrip().startswith("Apache License")
+    )
     assert project["urls"]["Repository"].startswith("https://")
     assert comfy["DisplayName"] == "LoraGraft" and comfy["PublisherId"]
     assert "web" not in comfy, "with WEB_DIRECTORY the scripts would be registered twice"
@@ -158,5 +161,7 @@ def test_the_wheel_holds_code_and_data(tmp_path: Path) -> None:
     folders = ("nodes", "trainer", "js", "locales")
     wanted = {p.relative_to(ROOT).as_posix() for p in files if p.relative_to(ROOT).parts[0] in folders}
     assert {f"loragraft/{name}" for name in wanted} - names == set()
-    required = {Requirement(x) for x in re.findall(r"^Requires-Dist: (.*)$", metadata, re.M) if "extra ==" not in x}
+    required = {
+        Requirement(x) for x in re.findall(r"^Requires-Dist: (.*)$", metadata, re.M) if "extra ==" not in x
+    }
     assert required == set(REQUIREMENTS)

@@ -22,7 +22,7 @@ from .config import (
     optimizer_kwargs,
     resolution_wh,
 )
-from .errors import LoraGraftError, listed, nearest
+from .errors import LoraGraftError, listed, nearest, one_line
 
 # kohya's spelling of a value -> ours; written down here so that no other code guesses.
 VALUE_ALIASES: dict[tuple[str, Any], Any] = {
@@ -93,13 +93,15 @@ def _checked(cls: type, name: str, hint: Any, value: Any, where: str) -> Any:
     if info.choices and str(coerced) not in info.choices:
         guess = nearest(str(coerced), info.choices)
         raise _bad(name, value, f"one of {', '.join(info.choices)}", where, guess[0] if guess else None)
-    for number in coerced if isinstance(coerced, tuple) else (coerced,):
-        if isinstance(number, float) and not math.isfinite(number):
+    for item in coerced if isinstance(coerced, tuple) else (coerced,):
+        if isinstance(item, str) and not _is_writable(item):
+            raise _bad(name, value, "text that a UTF-8 file can hold", where)
+        if isinstance(item, float) and not math.isfinite(item):
             raise _bad(name, value, "a finite number", where)
-        if isinstance(number, (int, float)) and not isinstance(number, bool):
+        if isinstance(item, (int, float)) and not isinstance(item, bool):
             low = -math.inf if info.minimum is None else info.minimum
             high = math.inf if info.maximum is None else info.maximum
-            if not low <= number <= high:
+            if not low <= item <= high:
                 raise _bad(name, value, f"{low:g} to {high:g}", where)
     return coerced
 
@@ -145,12 +147,17 @@ def _hashable(value: Any) -> bool:
     return isinstance(value, (str, int, float, bool, type(None)))
 
 
+def _is_writable(text: str) -> bool:
+    """Say whether the text is whole: half of a surrogate pair, from broken JSON, fits into no file."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _bad(name: str, value: Any, expected: str, where: str, guess: str | None = None) -> LoraGraftError:
     return LoraGraftError(
         "LG-CFG-003",
-        f"Setting '{name}' is {value!r}, expected {expected}."[:200],
+        f"Setting '{name}' cannot be {one_line(repr(value), 60)}.",
         where=f"{where}: {name}",
-        why="the run would fail or train something else than you asked for.",
+        why=f"expected {expected}.",
         fix=f"did you mean '{guess}'?" if guess else f"set {name} to {expected}",
     )
 

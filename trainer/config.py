@@ -7,9 +7,9 @@ the command line, the node widgets and the documentation; trainer.checks builds 
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import typing
+from ast import literal_eval as read_literal  # literals only: nothing is run
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -241,7 +241,7 @@ def optimizer_kwargs(config: TrainConfig) -> dict[str, Any]:
         try:
             if not equals:
                 raise ValueError("no '='")
-            result[key.strip()] = ast.literal_eval(text.strip())
+            result[key.strip()] = read_literal(text.strip())
         except (ValueError, SyntaxError) as error:
             raise LoraGraftError(
                 "LG-CFG-002",

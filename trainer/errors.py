@@ -9,13 +9,25 @@ from collections.abc import Iterable
 class LoraGraftError(ValueError):
     """A refusal in plain words.
 
-    ``code`` is stable and documented in docs/errors.md; ``what`` is one line of at most 120
-    characters; ``where`` names the file, setting or widget; ``fix`` is something the user can do.
+    ``code`` is stable and documented in docs/errors.md; ``what`` is one line that fits 120
+    characters with its code; ``where`` names the file, setting or widget; ``fix`` is something the
+    user can do. Each is kept to one line, whatever file names and values it quotes.
     """
 
     def __init__(self, code: str, what: str, *, where: str, why: str, fix: str) -> None:
-        self.code, self.what, self.where, self.why, self.fix = code, what, where, why, fix
-        super().__init__(f"{code}  {what}\nWhere: {where}\nWhy:   {why}\nFix:   {fix}")
+        self.code, self.what = code, one_line(what, MAX_HEADLINE - len(code) - 2)
+        self.where, self.why, self.fix = (one_line(text, MAX_LINE) for text in (where, why, fix))
+        super().__init__(f"{code}  {self.what}\nWhere: {self.where}\nWhy:   {self.why}\nFix:   {self.fix}")
+
+
+MAX_HEADLINE = 120
+MAX_LINE = 4000
+
+
+def one_line(text: str, limit: int) -> str:
+    """Return ``text`` on one line of at most ``limit`` characters; line breaks become spaces."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else f"{flat[: limit - 3]}..."
 
 
 def nearest(name: str, known: Iterable[str], *, limit: int = 1) -> list[str]:

@@ -1,9 +1,9 @@
 """ComfyUI's page in the system's Chromium: open it, drive it, read the live panel, look at it.
 
-    with browser() as chromium, open_page(chromium, server, nodes2=True) as page:
-        page.load(workflow)
-        page.queue()
-        page.wait("done(4)")
+with browser() as chromium, open_page(chromium, server, nodes2=True) as page:
+    page.load(workflow)
+    page.queue()
+    page.wait("done(4)")
 """
 
 from __future__ import annotations
@@ -18,10 +18,16 @@ from typing import Any
 from playwright.sync_api import Browser, ConsoleMessage, sync_playwright
 from playwright.sync_api import Page as RawPage
 
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --force-color-profile=srgb"
-).split()
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--force-color-profile=srgb",
+]
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SIZE = {"width": 1600, "height": 1000}
 SETTINGS = {
@@ -32,25 +38,7 @@ SETTINGS = {
 }
 
 # What tests ask the page, as functions of the page itself.
-PROBES = """
-(() => {
-  const { app } = window.comfyAPI.app;
-  const { api } = window.comfyAPI.api;
-  const node = (id) => app.rootGraph.getNodeById(id);
-  const panel = (id) => node(id)?.widgets?.find((w) => w.name === "loragraft_panel")?.element;
-  window.probe = {
-    app, api, node, panel,
-    ready: () => Boolean(app.isGraphReady && app.extensionManager?.workflow?.activeWorkflow && !app.extensionManager.spinner),
-    phase: (id) => panel(id)?.dataset.phase,
-    text: (id) => panel(id)?.innerText,
-    part: (id, name) => panel(id)?.querySelector(`.loragraft-${name}`)?.textContent,
-    points: (id) => (panel(id)?.querySelector("path.raw")?.getAttribute("d").match(/[ML]/g) ?? []).length,
-    samples: (id) => [...(panel(id)?.querySelectorAll(".loragraft-image") ?? [])].filter((i) => i.complete && i.naturalWidth).length,
-    send: (detail) => api.dispatchCustomEvent("loragraft.train", detail),
-    find: (type) => app.rootGraph.nodes.filter((n) => n.type === type).map((n) => n.id),
-  };
-})()
-"""
+PROBE = Path(__file__).with_name("probe.js").read_text("utf-8")
 
 
 class Page:
@@ -84,18 +72,20 @@ class Page:
         self._settle()
 
     def _settle(self) -> None:
-        self.raw.wait_for_function("() => window.comfyAPI?.app?.app && window.comfyAPI?.api?.api", timeout=60_000)
-        self.raw.evaluate(PROBES)
+        self.raw.wait_for_function(
+            "() => window.comfyAPI?.app?.app && window.comfyAPI?.api?.api", timeout=60_000
+        )
+        self.raw.evaluate(PROBE)
         self.raw.wait_for_function("() => window.probe.ready()", timeout=60_000)
 
     def ask(self, code: str, *arguments: Any) -> Any:
         """Evaluate an expression of ``probe``; ``a`` holds the arguments."""
-        return self.raw.evaluate(f"async (a) => {{ const p = window.probe; return await (p.{code}); }}", list(arguments))
+        return self.raw.evaluate(f"async (a) => await window.probe.{code}", list(arguments))
 
     def wait(self, code: str, *arguments: Any, timeout_s: float = 60) -> None:
         """Wait until an expression of ``probe`` holds."""
         self.raw.wait_for_function(
-            f"(a) => {{ const p = window.probe; return p.{code}; }}", arg=list(arguments), timeout=timeout_s * 1000
+            f"(a) => window.probe.{code}", arg=list(arguments), timeout=timeout_s * 1000
         )
 
     def load(self, workflow: dict[str, Any]) -> None:
@@ -109,21 +99,7 @@ class Page:
 
     def frame(self, margin: int = 60) -> None:
         """Bring all nodes into view, and wait until they are drawn there."""
-        self.raw.evaluate(
-            """async (margin) => {
-              const { app } = window.probe, canvas = app.canvas;
-              const boxes = app.rootGraph.nodes.map((n) => n.getBounding());
-              const left = Math.min(...boxes.map((b) => b[0])), top = Math.min(...boxes.map((b) => b[1]));
-              const right = Math.max(...boxes.map((b) => b[0] + b[2])), bottom = Math.max(...boxes.map((b) => b[1] + b[3]));
-              const scale = Math.min(1, (canvas.canvas.clientWidth - 2 * margin) / (right - left), (canvas.canvas.clientHeight - 2 * margin) / (bottom - top));
-              canvas.ds.scale = scale;
-              canvas.ds.offset[0] = (canvas.canvas.clientWidth / scale - right - left) / 2;
-              canvas.ds.offset[1] = (canvas.canvas.clientHeight / scale - bottom - top) / 2;
-              canvas.setDirty(true, true);
-              for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame);
-            }""",
-            margin,
-        )
+        self.ask("frame(a[0])", margin)
 
     def queue(self) -> None:
         """Press Run."""
@@ -144,7 +120,9 @@ class Page:
 @contextmanager
 def browser() -> Iterator[Browser]:
     """Start the system's Chromium (CHROMIUM_PATH names another one)."""
-    path = next(p for name in (os.environ.get("CHROMIUM_PATH"), *CHROMIUM) if name and (p := shutil.which(name)))
+    path = next(
+        p for name in (os.environ.get("CHROMIUM_PATH"), *CHROMIUM) if name and (p := shutil.which(name))
+    )
     with sync_playwright() as play:
         chromium = play.chromium.launch(executable_path=path, args=FLAGS)
         try:
@@ -155,8 +133,14 @@ def browser() -> Iterator[Browser]:
 
 @contextmanager
 def open_page(
-    chromium: Browser, server: Any, *, nodes2: bool = False, locale: str = "en", light: bool = False,
-    size: dict[str, int] | None = None, scale: float = 1,
+    chromium: Browser,
+    server: Any,
+    *,
+    nodes2: bool = False,
+    locale: str = "en",
+    light: bool = False,
+    size: dict[str, int] | None = None,
+    scale: float = 1,
 ) -> Iterator[Page]:
     """Open the server's page in a fresh profile, with first-run dialogs off."""
     settings = {

@@ -89,9 +89,8 @@ def train_prompt(path: str = "[demo]", **settings: Any) -> Prompt:
 
 def preview_node(**settings: Any) -> dict[str, Any]:
     """Return Preview with LoRA on the demo base."""
-    return node(
-        "LoraGraftPreviewWithLoRA", model=["base", 0], clip=["base", 1], vae=["base", 2], **{**PREVIEW, **settings}
-    )
+    sockets = {"model": ["base", 0], "clip": ["base", 1], "vae": ["base", 2]}
+    return node("LoraGraftPreviewWithLoRA", **{**sockets, **PREVIEW, **settings})
 
 
 def demo_prompt(train: dict[str, Any] | None = None, preview: dict[str, Any] | None = None) -> Prompt:

@@ -132,7 +132,7 @@ def test_a_bad_image_among_good_ones_is_named(server: Comfy) -> None:
     text = refused(server, prompts.train_prompt("mixed", output_name="never", max_train_steps=1))
     assert "bad.png" in text and "good.png" not in text
     graph = prompts.train_prompt("mixed", output_name="skipped_one", max_train_steps=1, seed=74)
-    graph["folder"]["inputs"]["on_bad"] = "skip"
+    graph["folder"]["inputs"] |= {"on_bad": "skip", "class_tokens": "a face"}
     graph["show"] = prompts.node("PreviewAny", source=["folder", 1])
     outputs = server.run(graph)
     assert "bad.png" in str(outputs["show"]["text"])

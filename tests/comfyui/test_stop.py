@@ -83,6 +83,6 @@ def test_memory_and_files_are_given_back(server: Comfy) -> None:
     once(32)
     once(33)
     after = measure("after")
-    assert after["needing_grad"] == before["needing_grad"] == 0
+    assert after["needing_grad"] == before["needing_grad"], "the host has such weights itself; training adds none"
     assert after["tensor_bytes"] - before["tensor_bytes"] < 2 * 2**20
-    assert after["files"] <= before["files"] + 2
+    assert after["files"] <= before["files"] + 2, (before, after)

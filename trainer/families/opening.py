@@ -204,8 +204,8 @@ def _refuse_other_formats(path: Path) -> None:
         )
     if path.suffix.lower() != ".safetensors":
         why = {
-            ".ckpt": "a .ckpt is a pickle, which can run code when it is opened.",
-            ".pt": "a .pt is a pickle, which can run code when it is opened.",
+            ".ckpt": "a .ckpt can run code when it is opened.",
+            ".pt": "a .pt can run code when it is opened.",
             ".gguf": "GGUF weights are quantised; a LoRA needs the plain ones.",
         }.get(path.suffix.lower(), "only .safetensors files are read.")
         raise LoraGraftError(

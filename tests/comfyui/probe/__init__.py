@@ -5,7 +5,6 @@ Its nodes answer with one JSON text in their ui output.
 
 from __future__ import annotations
 
-import copy
 import gc
 import hashlib
 import importlib
@@ -214,7 +213,6 @@ class ProbeOddModel:
         elif kind == "meta":
             inner.diffusion_model.to("meta")
         elif kind == "inpaint":
-            inner.model_config = copy.copy(inner.model_config)
             inner.model_config.unet_config = {**inner.model_config.unet_config, "in_channels": 9}
         elif kind == "sdxl":
             import comfy.supported_models
