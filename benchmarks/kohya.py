@@ -1,8 +1,8 @@
 """A peer: kohya's sd-scripts, its own train_network.py in its own environment, unchanged.
 
 LORAGRAFT_KOHYA names its folder, LORAGRAFT_KOHYA_PYTHON an interpreter that has its requirements.
-For SD1.x its trainer keeps no text-encoder outputs: with --network_train_unet_only it encodes the caption in each
-step, where ours encoded it once.
+For SD1.x its trainer keeps no text-encoder outputs: with --network_train_unet_only it encodes the
+caption in each step, where ours encoded it once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from common import Work
+from .common import Work
 
 STEP = re.compile(rb"steps:.*?\| *(\d+)/(\d+) \[.*?(?:avr_loss=([\w.+-]+))?\]")
 TOKENIZER_NAME = "openai_clip-vit-large-patch14"
@@ -51,7 +51,7 @@ def versions() -> dict[str, str]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer to where kohya looks; ComfyUI's copy lacks CLIP's length of 77, which kohya reads there."""
+    """Copy a tokenizer to where kohya looks, with the length it reads there (ComfyUI says 8192)."""
     shutil.copytree(source, target)
     file = target / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "model_max_length": 77}), "utf-8")

@@ -1,12 +1,11 @@
-"""Ours: the headless trainer as users get it. `python ours.py JOB.json`."""
+"""Ours: the headless trainer as users get it. `python -m benchmarks.ours JOB.json`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import Work, pack, say_step, say_versions
+from .common import Work, pack, say_step, say_versions
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A peer: peft's LoRA in a plain diffusers loop, eager, float32. `python peft_loop.py JOB.json`.
+"""A peer: peft's LoRA in a plain diffusers loop, eager, float32. `python -m benchmarks.peft_loop JOB.json`.
 
 It starts from our LoRA's start values and is fed our draws, so its losses must be ours, step by step:
 it is the check that our faster path computes the same function.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import Work, pack, say_step, say_versions
-from ours import settings
+from .common import Work, pack, say_step, say_versions
+from .ours import settings
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -22,13 +21,14 @@ def main() -> None:
     work = Work.read(sys.argv[1])
     pack()
     import torch
+    from peft import LoraConfig, inject_adapter_in_model
+
     from loragraft.trainer import api
     from loragraft.trainer.data.batches import plan_epoch
     from loragraft.trainer.data.cache import TensorCache
     from loragraft.trainer.engine.precision import resolve
     from loragraft.trainer.inputs import Inputs
     from loragraft.trainer.objective import generator
-    from peft import LoraConfig, inject_adapter_in_model
 
     say_versions("torch", "diffusers", "transformers", "peft")
     base = api.open_base(work.checkpoint, tokenizer=work.tokenizer)

@@ -1,16 +1,15 @@
-"""Write what all trainers read: `python prepare.py FOLDER RESOLUTION IMAGES REPEATS`; prints three paths."""
+"""Write what all trainers read: `python -m benchmarks.prepare FOLDER RESOLUTION IMAGES REPEATS`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import ROOT, load_by_path, pack
+from .common import ROOT, load_by_path, pack
 
 
 def main() -> None:
-    """Write the random checkpoint and noise images with captions; find CLIP's tokenizer."""
+    """Write the random checkpoint and noise images with captions; print their paths and the tokenizer."""
     folder, (resolution, count, repeats) = Path(sys.argv[1]), map(int, sys.argv[2:5])
     import numpy as np
     from PIL import Image

@@ -168,6 +168,7 @@ export function createPanel(words, imageUrl, onMore = () => {}) {
     image.alt = sample.prompt;
     image.draggable = false;
     image.addEventListener("load", () => (strip.scrollLeft = strip.scrollWidth)); // the newest stays in sight
+    image.addEventListener("error", () => card.classList.add("loragraft-gone")); // deleted from ComfyUI's folder
     card.append(image, make("span", "loragraft-badge", String(sample.step)));
     return card;
   }

@@ -59,7 +59,7 @@ const SHEET = String.raw`
 .loragraft-empty .loragraft-plot { visibility: hidden; }
 .loragraft-hint {
   display: flex; align-items: center; justify-content: center; padding: 10px 16px; overflow: auto;
-  border: 1px dashed var(--lg-line); border-radius: 6px; color: var(--lg-muted); text-align: center; white-space: pre-line; overflow-wrap: anywhere;
+  border: 1px dashed var(--lg-line); border-radius: 6px; color: var(--lg-muted); text-align: center; white-space: pre-wrap; overflow-wrap: anywhere;
 }
 .loragraft-panel[data-phase="failed"] .loragraft-hint {
   display: block; border: 1px solid var(--lg-bad); background: color-mix(in srgb, var(--lg-bad) 8%, transparent); color: var(--lg-text); text-align: left;
@@ -101,6 +101,8 @@ const SHEET = String.raw`
 .loragraft-strip { flex: none; display: flex; gap: 6px; height: 66px; overflow-x: auto; scrollbar-width: thin; }
 .loragraft-sample { position: relative; flex: none; height: 100%; border-radius: 5px; overflow: hidden; background: var(--lg-face); }
 .loragraft-image { display: block; height: 100%; width: auto; min-width: 40px; }
+.loragraft-gone { width: 40px; background: var(--lg-line); }
+.loragraft-gone .loragraft-image { display: none; }
 .loragraft-badge { position: absolute; left: 3px; bottom: 3px; padding: 0 4px; border-radius: 3px; background: rgb(0 0 0 / 62%); color: #fff; font-size: 9.5px; line-height: 14px; }
 .loragraft-product { flex: none; display: flex; align-items: center; gap: 7px; min-width: 0; white-space: nowrap; }
 .loragraft-message { flex: none; padding: 2px 8px; border-radius: 4px; background: color-mix(in srgb, var(--lg-rate) 18%, transparent); }

@@ -12,6 +12,7 @@ from ..trainer.errors import LoraGraftError
 
 MAX_CELLS = 400
 SAME = "same"
+FINAL = "final"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,35 @@ class Column:
         return f"{self.prompt}\nseed {self.seed}"
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What all cells share; width and height in pixels."""
+
+    negative: str
+    sampler_name: str
+    scheduler: str
+    steps: int
+    cfg: float
+    width: int
+    height: int
+    batch_size: int
+
+    @property
+    def title(self) -> str:
+        """One line that tells how the cells were drawn."""
+        return (
+            f"{self.sampler_name} {self.scheduler}, {self.steps} steps, cfg {self.cfg:g}, "
+            f"{self.width} x {self.height}"
+        )
+
+
+def labels(columns: Sequence[Column], batch_size: int) -> list[str]:
+    """Return one label per image of a row; images of a batch are numbered."""
+    if batch_size == 1:
+        return [c.label for c in columns]
+    return [f"{c.label} #{b + 1}" for c in columns for b in range(batch_size)]
+
+
 def rows(files: Sequence[Weights], strengths: str, clip_strengths: str) -> list[Row]:
     """List the rows: the base model once if any strength is 0, then every file at every strength.
 
@@ -77,7 +107,7 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.replace("\n", ",").split(","):
         if not part.strip():
             continue
-        match = re.fullmatch(r"\s*(\d{1,20})\s*(?:-\s*(\d{1,20})\s*)?", part)
+        match = re.fullmatch(r"\s*([0-9]{1,20})\s*(?:-\s*([0-9]{1,20})\s*)?", part)
         first = int(match[1]) if match else 0
         last = int(match[2]) if match and match[2] else first
         if not match or not first <= last < 2**64 or last - first >= MAX_CELLS:

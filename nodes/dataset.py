@@ -27,15 +27,17 @@ class LoadImageFolder(io.ComfyNode):
             node_id="LoraGraftLoadImageFolder",
             display_name="Load Image Folder",
             category="LoraGraft/dataset",
-            description="Reads a folder of training images with their caption files (.txt, .caption). Subfolders "
-            "named like '4_cat' mean: 4 repeats, concept 'cat'.",
+            description="Reads a folder of training images with their caption files (.txt, .caption). "
+            "Subfolders named like '4_cat' mean: 4 repeats, concept 'cat'.",
             search_aliases=["dataset", "training images", "captions", "kohya"],
             inputs=[
                 io.String.Input(
                     "path",
                     default="[demo]",
-                    tooltip="Folder below ComfyUI's input folder. Also: an absolute path below input, output or a folder "
-                    "listed in user/__loragraft/folders.txt; 'name [output]'; or [demo], the embedded sample.",
+                    tooltip="Folder below ComfyUI's input folder. Also: an absolute path below input, "
+                    "output or a "
+                    "folder listed in user/__loragraft/folders.txt; 'name [output]'; or [demo], the embedded "
+                    "sample.",
                 ),
                 io.Boolean.Input("recursive", default=True, tooltip="Read subfolders too."),
                 io.String.Input(
@@ -54,12 +56,17 @@ class LoadImageFolder(io.ComfyNode):
                     "on_bad",
                     options=list(ON_BAD),
                     default="stop",
-                    tooltip="Unreadable images: stop and name them all, or skip them and name them in the report.",
+                    tooltip="Unreadable images: stop and name them all, or skip them and name them in the "
+                    "report.",
                 ),
             ],
             outputs=[
-                Dataset.Output("dataset", display_name="dataset", tooltip="The images' paths, captions and repeats."),
-                io.String.Output("report", display_name="report", tooltip="What was found: images, captions, problems."),
+                Dataset.Output(
+                    "dataset", display_name="dataset", tooltip="The images' paths, captions and repeats."
+                ),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What was found: images, captions, problems."
+                ),
             ],
         )
 
@@ -113,8 +120,9 @@ class BuildDataset(io.ComfyNode):
             node_id="LoraGraftBuildDataset",
             display_name="Build Dataset",
             category="LoraGraft/dataset",
-            description="Sorts images into buckets of similar aspect ratio and fixes how captions are used. The report "
-            "shows every bucket, what is cropped and the captions before anything is trained.",
+            description="Sorts images into buckets of similar aspect ratio and fixes how captions are used. "
+            "The "
+            "report shows every bucket, what is cropped and the captions before anything is trained.",
             search_aliases=["buckets", "resolution", "shuffle caption", "training set"],
             inputs=[
                 Dataset.Input("dataset", tooltip="From Load Image Folder."),
@@ -122,7 +130,9 @@ class BuildDataset(io.ComfyNode):
             ],
             outputs=[
                 TrainSet.Output("train_set", display_name="train_set", tooltip="What Train LoRA trains on."),
-                io.String.Output("report", display_name="report", tooltip="Buckets, crops and captions in words."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Buckets, crops and captions in words."
+                ),
             ],
         )
 
@@ -150,6 +160,8 @@ def fingerprint(folder: Path, recursive: bool) -> str:
                 digest.update(repr((name, error.errno)).encode())
                 continue
             relative = file.relative_to(folder).as_posix()
-            digest.update(repr((relative, stat.st_size, stat.st_mtime_ns, len(text))).encode("utf-8", "surrogatepass"))
+            digest.update(
+                repr((relative, stat.st_size, stat.st_mtime_ns, len(text))).encode("utf-8", "surrogatepass")
+            )
             digest.update(text)
     return digest.hexdigest()

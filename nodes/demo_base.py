@@ -14,14 +14,24 @@ class LoadDemoBase(io.ComfyNode):
             node_id="LoraGraftLoadDemoBase",
             display_name="Load Demo Base",
             category="LoraGraft/train",
-            description="Loads the tiny base model that comes with LoraGraft. It draws simple shapes at 64 x 64 pixels "
-            "and trains in minutes without a GPU. Its MODEL, CLIP and VAE work with ComfyUI's own nodes.",
+            description="Loads the tiny base model that comes with LoraGraft. It draws simple shapes at 64 "
+            "x 64 "
+            "pixels and trains in minutes without a GPU. Its MODEL, CLIP and VAE work with ComfyUI's own "
+            "nodes.",
             search_aliases=["example model", "tiny model", "checkpoint"],
             inputs=[],
             outputs=[
-                io.Model.Output("model", display_name="model", tooltip="The demo denoiser, SD1.5's structure."),
-                io.Clip.Output("clip", display_name="clip", tooltip="The demo text encoder with its own small vocabulary."),
-                io.Vae.Output("vae", display_name="vae", tooltip="The demo VAE: 8 times down, 4 latent channels."),
+                io.Model.Output(
+                    "model", display_name="model", tooltip="The demo denoiser, SD1.5's structure."
+                ),
+                io.Clip.Output(
+                    "clip",
+                    display_name="clip",
+                    tooltip="The demo text encoder with its own small vocabulary.",
+                ),
+                io.Vae.Output(
+                    "vae", display_name="vae", tooltip="The demo VAE: 8 times down, 4 latent channels."
+                ),
             ],
         )
 

@@ -31,6 +31,7 @@ log = logging.getLogger("loragraft")
 
 EVENT = "loragraft.train"
 DEMO = "[demo]"
+PREVIEW_PX = 512
 # ComfyUI's own way to name another root: "folder [output]".
 ANNOTATION = re.compile(r"\s*\[(input|output)\]$")
 
@@ -41,7 +42,7 @@ ANNOTATION = re.compile(r"\s*\[(input|output)\]$")
 def own_folder() -> Path:
     """Return the pack's own folder below ComfyUI's user folder; HTTP cannot read it."""
     named = getattr(folder_paths, "get_system_user_directory", None)
-    return Path(named("loragraft") if named else os.path.join(folder_paths.get_user_directory(), "__loragraft"))
+    return Path(named("loragraft")) if named else Path(folder_paths.get_user_directory()) / "__loragraft"
 
 
 def output_folder() -> Path:
@@ -82,7 +83,7 @@ def listed_roots() -> list[Path]:
     except FileNotFoundError:
         return []
     lines = (line.strip() for line in text.splitlines())
-    return [Path(line) for line in lines if line and not line.startswith("#") and os.path.isabs(line)]
+    return [Path(line) for line in lines if not line.startswith("#") and Path(line).is_absolute()]
 
 
 def dataset_folder(text: str) -> Path:
@@ -100,7 +101,11 @@ def dataset_folder(text: str) -> Path:
             root = Path(folder_paths.get_output_directory())
     if not _absolute(text):
         return api.resolve(root, text, what="dataset folder", must_exist=True)
-    roots = [Path(folder_paths.get_input_directory()), Path(folder_paths.get_output_directory()), *listed_roots()]
+    roots = [
+        Path(folder_paths.get_input_directory()),
+        Path(folder_paths.get_output_directory()),
+        *listed_roots(),
+    ]
     for root in roots:
         inside = _below(text, root)
         if inside is not None:
@@ -109,8 +114,10 @@ def dataset_folder(text: str) -> Path:
         "LG-NODE-020",
         f"The folder {text[:70]!r} is not one that workflows may read.",
         where="Load Image Folder: path",
-        why=f"a shared workflow must not read any folder of this machine; allowed: {listed(map(str, roots), limit=5)}.",
-        fix=f"put the images below ComfyUI's input folder, or add the line {text.strip()[:200]} to {folders_file()}",
+        why="a shared workflow must not read any folder of this machine; allowed: "
+        f"{listed(map(str, roots), limit=5)}.",
+        fix="put the images below ComfyUI's input folder, or add the line "
+        f"{text.strip()[:200]} to {folders_file()}",
     )
 
 
@@ -179,14 +186,18 @@ class Progress:
     def __init__(self, total: int) -> None:
         self._bar = comfy.utils.ProgressBar(total)
 
-    def show(self, value: int, total: int, image: Image.Image | None = None) -> None:
-        """Set the bar; raises the host's interrupt where Cancel was pressed."""
-        preview = ("JPEG", image.convert("RGB"), 512) if image is not None else None
-        self._bar.update_absolute(value, total, preview)
+    def show(self, value: int, total: int) -> None:
+        """Set the bar; raises the host's interrupt where Cancel was pressed, as all methods here do."""
+        self._bar.update_absolute(value, total)
 
-    def show_raw(self, value: int, total: int, preview: Any) -> None:
-        """Set the bar with a preview that is already in the host's own form."""
-        self._bar.update_absolute(value, total, preview)
+    def show_image(self, image: Image.Image) -> None:
+        """Show a picture on the node and leave the bar where it is."""
+        preview = ("JPEG", image.convert("RGB"), PREVIEW_PX)
+        self._bar.update_absolute(self._bar.current, self._bar.total, preview)
+
+    def add_preview(self, before: int, total: int, done: int, preview: Any) -> None:
+        """Set the bar to ``before + done`` with a preview that is already in the host's own form."""
+        self._bar.update_absolute(before + done, total, preview)
 
 
 def check_interrupt() -> None:
@@ -201,7 +212,10 @@ def send(payload: dict[str, Any]) -> None:
 
 def view(path: Path) -> dict[str, str]:
     """Return how the browser asks for an image file below output/ or temp/ (the arguments of /view)."""
-    for kind, root in (("output", folder_paths.get_output_directory()), ("temp", folder_paths.get_temp_directory())):
+    for kind, root in (
+        ("output", folder_paths.get_output_directory()),
+        ("temp", folder_paths.get_temp_directory()),
+    ):
         try:
             relative = Path(os.path.realpath(path)).relative_to(os.path.realpath(root))
         except ValueError:
@@ -233,7 +247,10 @@ def training_mode() -> Iterator[None]:
     gpu_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     flags = [(backend, name, getattr(backend, name)) for backend, name in _flags()]
-    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    algorithms = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     try:
         with torch.inference_mode(False), torch.enable_grad():
             yield

@@ -53,7 +53,9 @@ def model_only(file: str, disable_dynamic: bool = False) -> Any:
     )
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, kinds))
     model = config.get_model(weights, UNET)
-    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher_class = (
+        comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    )
     patcher = patcher_class(model, load_device=device, offload_device=management.unet_offload_device())
     model.load_model_weights(weights, UNET, assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (model_only, (file,))
@@ -77,7 +79,9 @@ def _clip(weights: dict[str, torch.Tensor], tokenizer: Path, disable_dynamic: bo
             super().__init__(device=device, dtype=dtype, model_options=model_options or {})
             # ComfyUI's CLIP always has 49408 words; this one has its own, with start and end at the end.
             embeddings = self.transformer.text_model.embeddings
-            embeddings.token_embedding = self.operations.Embedding(vocabulary, hidden, dtype=dtype, device=device)
+            embeddings.token_embedding = self.operations.Embedding(
+                vocabulary, hidden, dtype=dtype, device=device
+            )
             embeddings.token_embedding.requires_grad_(False)
             self.special_tokens = {"start": vocabulary - 2, "end": vocabulary - 1, "pad": vocabulary - 1}
 

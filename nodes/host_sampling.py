@@ -31,7 +31,12 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str] | Non
 
 
 def apply_lora(
-    model: Any, clip: Any, lora: tuple[dict[str, torch.Tensor], Any], strength_model: float, strength_clip: float, name: str
+    model: Any,
+    clip: Any,
+    lora: tuple[dict[str, torch.Tensor], Any],
+    strength_model: float,
+    strength_clip: float,
+    name: str,
 ) -> tuple[Any, Any]:
     """Return clones of MODEL and CLIP with the LoRA on them, as the native Load LoRA makes them.
 
@@ -49,14 +54,18 @@ def apply_lora(
         )
     if strength_model == 0 and strength_clip == 0:
         return model, clip
-    return comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip, lora_metadata=metadata)
+    return comfy.sd.load_lora_for_models(
+        model, clip, tensors, strength_model, strength_clip, lora_metadata=metadata
+    )
 
 
 def unmatched_modules(model: Any, clip: Any, tensors: dict[str, torch.Tensor]) -> list[str]:
     """List the module names in a LoRA file that ComfyUI's key maps do not know."""
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
-    names = dict.fromkeys(re.sub(r"\.(alpha|lora_(up|down|mid|A|B)\.weight|dora_scale)$", "", k) for k in tensors)
+    names = dict.fromkeys(
+        re.sub(r"\.(alpha|lora_(up|down|mid|A|B)\.weight|dora_scale)$", "", k) for k in tensors
+    )
     return [n for n in names if n not in keys]
 
 
@@ -95,23 +104,25 @@ def draw(
     model: Any,
     positive: Any,
     negative: Any,
-    *,
     seed: int,
+    on_step: Callable[[int, Any], None],
+    *,
+    sampler_name: str,
+    scheduler: str,
     steps: int,
     cfg: float,
-    sampler: str,
-    scheduler: str,
     width: int,
     height: int,
-    batch: int,
-    on_step: Callable[[int, Any], None],
+    batch_size: int,
 ) -> torch.Tensor:
     """Sample latents (batch, 4, height/8, width/8) as EmptyLatentImage and KSampler do.
 
     ``on_step`` gets the number of steps done and a preview, or None, in the host's own form.
     """
     latent = torch.zeros(
-        [batch, 4, height // 8, width // 8], device=management.intermediate_device(), dtype=management.intermediate_dtype()
+        [batch_size, 4, height // 8, width // 8],
+        device=management.intermediate_device(),
+        dtype=management.intermediate_dtype(),
     )
     latent = comfy.sample.fix_empty_latent_channels(model, latent, 8)
     noise = comfy.sample.prepare_noise(latent, seed)
@@ -121,8 +132,19 @@ def draw(
         on_step(step + 1, previewer.decode_latent_to_preview_image("JPEG", x0) if previewer else None)
 
     return comfy.sample.sample(
-        model, noise, steps, cfg, sampler, scheduler, positive, negative, latent, denoise=1.0, callback=callback,
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
+        model,
+        noise,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        positive,
+        negative,
+        latent,
+        denoise=1.0,
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
     )
 
 

@@ -89,7 +89,8 @@ def shared(weight: torch.Tensor, socket: str, name: str) -> torch.Tensor:
 
 
 def base_name(model: Any) -> str:
-    """Return the name of the file that the MODEL was loaded from, or "comfyui" where its loader does not tell."""
+    """Return the name of the file that the MODEL was loaded from; "comfyui" where its loader does not "
+    "tell."""
     init = getattr(model, "cached_patcher_init", None)
     source = init[1][0] if init and len(init) > 1 and init[1] else None
     return Path(source).stem if isinstance(source, str) else "comfyui"
@@ -133,19 +134,23 @@ def _check_model(model: Any) -> None:
     if type(inner) is not comfy.model_base.BaseModel or not isinstance(config, comfy.supported_models.SD15):
         raise _family("MODEL", f"{type(config).__name__} ({type(inner).__name__})")
     if config.unet_config.get("in_channels") != 4:
-        raise _family("MODEL", f"SD1.x with {config.unet_config.get('in_channels')} input channels (inpainting, edit)")
+        raise _family(
+            "MODEL", f"SD1.x with {config.unet_config.get('in_channels')} input channels (inpainting, edit)"
+        )
     sampling = model.get_model_object("model_sampling")
     sigma_max = float(getattr(sampling, "sigma_max", 0.0))
     kinds = [c for c in type(sampling).__mro__ if c.__module__ == comfy.model_sampling.__name__]
     # In ComfyUI every other prediction type derives from EPS.
-    eps = comfy.model_sampling.EPS in kinds and not any(c is not comfy.model_sampling.EPS and issubclass(c, comfy.model_sampling.EPS) for c in kinds)
+    eps = comfy.model_sampling.EPS in kinds and not any(
+        c is not comfy.model_sampling.EPS and issubclass(c, comfy.model_sampling.EPS) for c in kinds
+    )
     if not eps or abs(sigma_max - SD15_SIGMA_MAX) > 0.01:
         raise LoraGraftError(
             "LG-NODE-006",
             "The MODEL's sampling is not one that training knows.",
             where=f"MODEL: {', '.join(c.__name__ for c in kinds)}, largest sigma {sigma_max:.4g}",
-            why=f"this release trains eps-prediction on noise up to sigma {SD15_SIGMA_MAX:.4g}, as SD1.x was made.",
-            fix="link the loader's MODEL, without ModelSampling nodes; v-prediction models cannot be trained yet",
+            why=f"this release trains eps-prediction up to sigma {SD15_SIGMA_MAX:.4g}, as SD1.x was made.",
+            fix="link the loader's MODEL, without ModelSampling nodes; v-prediction cannot be trained yet",
         )
 
 
@@ -158,8 +163,14 @@ def _check_clip(clip: Any) -> None:
 
 def _check_vae(vae: Any) -> None:
     names = vae.first_stage_model.state_dict()
-    if "encoder.conv_in.weight" not in names or "post_quant_conv.weight" not in names or vae.latent_channels != 4:
-        raise _family("VAE", f"{type(vae.first_stage_model).__name__} with {vae.latent_channels} latent channels")
+    if (
+        "encoder.conv_in.weight" not in names
+        or "post_quant_conv.weight" not in names
+        or vae.latent_channels != 4
+    ):
+        raise _family(
+            "VAE", f"{type(vae.first_stage_model).__name__} with {vae.latent_channels} latent channels"
+        )
 
 
 def check_clip_skip(clip: Any, clip_skip: int) -> None:
@@ -176,9 +187,13 @@ def check_clip_skip(clip: Any, clip_skip: int) -> None:
 
 
 def _check_patches(patcher: Any, socket: str) -> None:
-    extras = [n for n in ("injections", "hook_patches", "weight_wrapper_patches") if getattr(patcher, n, None)]
+    extras = [
+        n for n in ("injections", "hook_patches", "weight_wrapper_patches") if getattr(patcher, n, None)
+    ]
     if patcher.patches or extras:
-        names = listed((k if isinstance(k, str) else k[0] for k in patcher.patches), limit=2) or listed(extras)
+        names = listed((k if isinstance(k, str) else k[0] for k in patcher.patches), limit=2) or listed(
+            extras
+        )
         raise LoraGraftError(
             "LG-NODE-002",
             f"The {socket} already carries a LoRA or another patch.",
@@ -226,7 +241,9 @@ class _Hashes:
     """The content hash of bases seen, as long as ComfyUI keeps their modules."""
 
     def __init__(self) -> None:
-        self._known: weakref.WeakKeyDictionary[nn.Module, list[tuple[Any, Any, str, str]]] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[nn.Module, list[tuple[Any, Any, str, str]]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def find(self, modules: tuple[nn.Module, nn.Module, nn.Module], weights: dict[str, torch.Tensor]) -> str:
         """Return the hash of ``weights``, computed once for the same modules with the same values."""
@@ -246,7 +263,7 @@ _hashes = _Hashes()
 
 
 def _probe(weights: dict[str, torch.Tensor]) -> str:
-    """Hash a few values of every weight, in milliseconds: an extension that changed weights in place is noticed."""
+    """Hash a few values of every weight, in milliseconds: a change made in place is noticed."""
     digest = hashlib.sha256()
     pieces = [w.reshape(-1)[:: max(1, w.numel() // 16)][:16].float().flatten() for w in weights.values()]
     for device in {p.device for p in pieces}:

@@ -1,17 +1,12 @@
-"""Preview with LoRA: prompts x seeds x strengths x checkpoints through ComfyUI's own sampler, as a labelled grid."""
+"""Preview with LoRA: prompts x seeds x strengths x checkpoints, drawn by ComfyUI's own sampler."""
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from comfy_api.latest import io
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from ..trainer.errors import LoraGraftError
 from .train import Checkpoints
@@ -28,47 +23,83 @@ class PreviewWithLoRA(io.ComfyNode):
             node_id="LoraGraftPreviewWithLoRA",
             display_name="Preview with LoRA",
             category="LoraGraft/test",
-            description="Draws every prompt and seed with every LoRA strength and checkpoint, through ComfyUI's own "
-            "sampler: a cell has the same pixels as Load LoRA, KSampler and VAE Decode of the same settings.",
+            description="Draws every prompt and seed with every LoRA strength and checkpoint, through "
+            "ComfyUI's "
+            "own sampler: a cell has the same pixels as Load LoRA, KSampler and VAE Decode of the same "
+            "settings.",
             search_aliases=["xy plot", "grid", "compare lora", "lora test"],
             is_output_node=True,
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
             inputs=[
-                io.Model.Input("model", tooltip="The base model, as it goes into Train LoRA, without the LoRA under test."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The base model, as it goes into Train LoRA, without the LoRA under test.",
+                ),
                 io.Clip.Input("clip", tooltip="The base's text encoder, without the LoRA under test."),
                 io.Vae.Input("vae", tooltip="The VAE that decodes the images."),
                 io.String.Input(
                     "lora_name",
                     default="",
-                    tooltip="LoRA file below models/loras: link Train LoRA's lora_name, or write a name with .safetensors. "
-                    "With checkpoints linked it may stay empty.",
+                    tooltip="LoRA file below models/loras: link Train LoRA's lora_name, or write a name with "
+                    ".safetensors. With checkpoints linked it may stay empty.",
                 ),
-                io.String.Input("prompts", default="", multiline=True, tooltip="One prompt per line; each gets its own columns."),
-                io.String.Input("negative", default="", multiline=True, tooltip="Negative prompt of all cells."),
-                io.String.Input("seeds", default="1, 2", tooltip="Seeds: 1, 2, 5-8. Each gets its own column."),
+                io.String.Input(
+                    "prompts",
+                    default="",
+                    multiline=True,
+                    tooltip="One prompt per line; each gets its own columns.",
+                ),
+                io.String.Input(
+                    "negative", default="", multiline=True, tooltip="Negative prompt of all cells."
+                ),
+                io.String.Input(
+                    "seeds", default="1, 2", tooltip="Seeds: 1, 2, 5-8. Each gets its own column."
+                ),
                 io.String.Input(
                     "strengths",
                     default="0, 1",
-                    tooltip="LoRA strengths on the model, one row each; 0 draws without LoRA. Ranges: 0, 0.7-1.5 [5] means 0 "
-                    "and five values from 0.7 to 1.5.",
+                    tooltip="LoRA strengths on the model, one row each; 0 draws without LoRA. Ranges: "
+                    "0, 0.7-1.5 [5] means 0 and five values from 0.7 to 1.5.",
                 ),
                 io.String.Input(
                     "clip_strengths",
                     default="same",
-                    tooltip="LoRA strengths on the text encoder: same, or a range as above; then each is drawn with each.",
+                    tooltip="LoRA strengths on the text encoder: same, or a range as above; then each is "
+                    "drawn "
+                    "with each.",
                 ),
-                io.Combo.Input("sampler_name", options=sampling.samplers, default="euler", tooltip="As in KSampler."),
-                io.Combo.Input("scheduler", options=sampling.schedulers, default="normal", tooltip="As in KSampler."),
+                io.Combo.Input(
+                    "sampler_name", options=sampling.samplers, default="euler", tooltip="As in KSampler."
+                ),
+                io.Combo.Input(
+                    "scheduler", options=sampling.schedulers, default="normal", tooltip="As in KSampler."
+                ),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps."),
-                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=False, tooltip="Guidance scale."),
-                io.Int.Input("width", default=512, min=16, max=4096, step=8, tooltip="Width of a cell in pixels."),
-                io.Int.Input("height", default=512, min=16, max=4096, step=8, tooltip="Height of a cell in pixels."),
-                io.Int.Input("batch_size", default=1, min=1, max=16, tooltip="Images per seed, drawn together as KSampler does."),
+                io.Float.Input(
+                    "cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=False, tooltip="Guidance scale."
+                ),
+                io.Int.Input(
+                    "width", default=512, min=16, max=4096, step=8, tooltip="Width of a cell in pixels."
+                ),
+                io.Int.Input(
+                    "height", default=512, min=16, max=4096, step=8, tooltip="Height of a cell in pixels."
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=16,
+                    tooltip="Images per seed, drawn together as KSampler does.",
+                ),
                 io.Boolean.Input(
-                    "save_grid", default=True, tooltip="Keep grid and grid.json in output/loragraft/grids; off shows the grid only."
+                    "save_grid",
+                    default=True,
+                    tooltip="Keep grid and grid.json in output/loragraft/grids; off shows the grid only.",
                 ),
                 Checkpoints.Input(
-                    "checkpoints", optional=True, tooltip="From Train LoRA: rows for saved steps beside the finished file."
+                    "checkpoints",
+                    optional=True,
+                    tooltip="From Train LoRA: rows for saved steps beside the finished file.",
                 ),
                 io.Int.Input(
                     "max_checkpoints",
@@ -77,7 +108,9 @@ class PreviewWithLoRA(io.ComfyNode):
                     max=50,
                     optional=True,
                     advanced=True,
-                    tooltip="At most so many of the linked checkpoints, evenly chosen, the last one always among them.",
+                    tooltip="At most so many of the linked checkpoints, evenly chosen, the last one always "
+                    "among "
+                    "them.",
                 ),
             ],
             outputs=[
@@ -137,7 +170,7 @@ class PreviewWithLoRA(io.ComfyNode):
         max_checkpoints: int = 4,
     ) -> io.NodeOutput:
         from ..trainer import api
-        from . import axes, host
+        from . import axes, cells, grids, host
         from . import host_sampling as sampling
 
         _check_unpatched(sampling.marked(model, clip))
@@ -146,75 +179,22 @@ class PreviewWithLoRA(io.ComfyNode):
         rows = axes.rows(files, strengths, clip_strengths)
         columns = axes.columns(prompts, seeds)
         axes.check_size(len(rows), len(columns), batch_size)
-
-        total = len(rows) * len(columns) * steps
-        progress = host.Progress(total)
-        grid: list[list[Image.Image]] = []
-        tensors: list[torch.Tensor] = []
-        lora: tuple[Any, Any] = (None, None)
-        for r, row in enumerate(rows):
-            if row.weights is not None and lora[0] != row.weights.path:
-                lora = row.weights.path, sampling.read_lora(row.weights.path)
-            row_model, row_clip = model, clip
-            if row.weights is not None:
-                name = row.weights.path.name
-                row_model, row_clip = sampling.apply_lora(
-                    model, clip, lora[1], row.strength_model, row.strength_clip, name
-                )
-            conds = {p: sampling.encode_text(row_clip, p) for p in dict.fromkeys([c.prompt for c in columns])}
-            negative_cond = sampling.encode_text(row_clip, negative)
-            latents = []
-            for c, column in enumerate(columns):
-                host.check_interrupt()
-                before = (r * len(columns) + c) * steps
-                latents.append(
-                    sampling.draw(
-                        row_model,
-                        conds[column.prompt],
-                        negative_cond,
-                        seed=column.seed,
-                        steps=steps,
-                        cfg=cfg,
-                        sampler=sampler_name,
-                        scheduler=scheduler,
-                        width=width,
-                        height=height,
-                        batch=batch_size,
-                        on_step=lambda done, preview, before=before: progress.show_raw(before + done, total, preview),
-                    )
-                )
-            images = [image for z in latents for image in sampling.decode(vae, z).cpu()]
-            tensors.extend(images)
-            grid.append([_pil(image) for image in images])
-        labels = [c.label if batch_size == 1 else f"{c.label} #{b + 1}" for c in columns for b in range(batch_size)]
-        settings = f"{sampler_name} {scheduler}, {steps} steps, cfg {cfg:g}, {width} x {height}"
-        picture = api.grid(grid, [row.label for row in rows], labels, settings)
-        report = {
-            "rows": [
-                {
-                    "lora": row.weights.path.name if row.weights else None,
-                    "label": row.label,
-                    "strength_model": row.strength_model,
-                    "strength_clip": row.strength_clip,
-                }
-                for row in rows
-            ],
-            "columns": [{"prompt": c.prompt, "seed": c.seed, "index": b} for c in columns for b in range(batch_size)],
-            "settings": {
-                "negative": negative,
-                "sampler_name": sampler_name,
-                "scheduler": scheduler,
-                "steps": steps,
-                "cfg": cfg,
-                "width": width,
-                "height": height,
-                "batch_size": batch_size,
-            },
-        }
-        stem = files[-1].path.stem if files and files[-1].label == "final" else "grid"
-        path = _write(host, picture, report, stem, save_grid, _png_info(host, cls.hidden))
+        settings = axes.Settings(negative, sampler_name, scheduler, steps, cfg, width, height, batch_size)
+        drawn = list(cells.draw_rows(model, clip, vae, rows, columns, settings))
+        picture = api.grid(
+            [[grids.to_pil(image) for image in images] for images in drawn],
+            [row.label for row in rows],
+            axes.labels(columns, batch_size),
+            settings.title,
+        )
+        report = grids.report(rows, columns, settings)
+        stem = files[-1].path.stem if files[-1].label == axes.FINAL else "grid"
+        folder = host.grids_folder() if save_grid else host.temp_folder()
+        info = grids.png_info(cls.hidden.prompt, cls.hidden.extra_pnginfo) if host.keeps_metadata() else None
+        path = grids.write(folder, stem, picture, report if save_grid else None, info)
+        images = torch.stack([image for row in drawn for image in row])
         return io.NodeOutput(
-            _tensor(picture), torch.stack(tensors), ui={"images": [host.view(path)], "loragraft": [report]}
+            grids.to_tensor(picture), images, ui={"images": [host.view(path)], "loragraft": [report]}
         )
 
 
@@ -237,48 +217,8 @@ def _files(axes: Any, host: Any, lora_name: str, checkpoints: tuple[Path, ...], 
     if not lora_name.strip() and saved:
         return axes.spread(saved, most)
     final = host.lora_file(lora_name)
-    same = "sshs_model_hash"  # the last checkpoint holds the very tensors of the finished file: one row is enough
+    # The last checkpoint holds the very tensors of the finished file: one row is enough.
+    same = "sshs_model_hash"
     if saved and api.lora_metadata(saved[-1].path).get(same) == api.lora_metadata(final).get(same):
         saved = saved[:-1]
-    return [*axes.spread(saved, most), axes.Weights(final, "final")]
-
-
-def _pil(image: torch.Tensor) -> Image.Image:
-    # As ComfyUI's SaveImage rounds, so that a cell has a native file's pixels.
-    return Image.fromarray(np.clip(255.0 * image.numpy(), 0, 255).astype(np.uint8))
-
-
-def _tensor(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(image.convert("RGB")).astype(np.float32) / 255.0)[None]
-
-
-def _png_info(host: Any, hidden: Any) -> PngInfo | None:
-    if not host.keeps_metadata():
-        return None
-    info = PngInfo()
-    if hidden.prompt:
-        info.add_text("prompt", json.dumps(hidden.prompt))
-    for key, value in (hidden.extra_pnginfo or {}).items():
-        info.add_text(key, json.dumps(value))
-    return info
-
-
-def _write(host: Any, picture: Image.Image, report: dict[str, Any], stem: str, keep: bool, info: PngInfo | None) -> Path:
-    """Write the grid (and, if kept, its JSON) under a name that no file has yet."""
-    folder = host.grids_folder() if keep else host.temp_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        path = folder / f"{stem}_{number:05d}.png"
-        try:
-            with path.open("xb") as file:
-                picture.save(file, "png", pnginfo=info)
-            break
-        except FileExistsError:
-            number += 1
-    if keep:
-        text = json.dumps(report, indent=1, ensure_ascii=False)
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, path.with_suffix(".json"))
-    return path
+    return [*axes.spread(saved, most), axes.Weights(final, axes.FINAL)]

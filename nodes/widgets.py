@@ -109,19 +109,22 @@ MAXIMA = {"seed": 2**53 - 1}  # a browser's numbers are exact up to here
 MULTILINE = ("sample_prompts",)
 # A setting's help serves as tooltip, except where a widget is written otherwise than a config file.
 TOOLTIPS = {
-    "resolution": "Side of the training area in pixels. With buckets, its square is the area that every bucket stays within.",
+    "resolution": "Side of the training area in pixels. With buckets, its square is the area that every "
+    "bucket stays within.",
     "conv_dim": "Rank for 3x3 convolutions; 0 trains none of them.",
     "conv_alpha": "Alpha for 3x3 convolutions; 0 means 1.",
-    "unet_lr": "Learning rate of the denoiser; -1 takes learning_rate, 0 leaves the denoiser out.",
-    "text_encoder_lr": "Learning rate of the text encoder; -1 takes learning_rate, 0 leaves the text encoder out.",
+    "unet_lr": "Learning rate of the denoiser; -1 takes learning_rate, 0 leaves it out.",
+    "text_encoder_lr": "Learning rate of the text encoder; -1 takes learning_rate, 0 leaves it out.",
     "max_train_epochs": "Number of epochs, replacing max_train_steps; 0 leaves it to max_train_steps.",
     "min_snr_gamma": "Min-SNR loss weighting (5 is usual); 0 weighs all timesteps alike.",
     "save_every_n_steps": "Also save every n steps; 0 does not.",
     "save_every_n_epochs": "Also save every n epochs; 0 does not.",
     "sample_every_n_steps": "Draw the sample prompts every n steps; 0 draws them at each save.",
     "sample_prompts": "Prompts drawn during training, one per line, one image each.",
-    "optimizer_args": "Optimizer options as kohya writes them, separated by spaces: weight_decay=0.01 betas=.9,.99",
-    "seed": "Seed of everything random in the run. It stays fixed, so that queueing again does not train again.",
+    "optimizer_args": "Optimizer options as kohya writes them, separated by spaces: "
+    "weight_decay=0.01 betas=.9,.99",
+    "seed": "Seed of everything random in the run. It stays fixed, so that queueing again does not train "
+    "again.",
 }
 
 
@@ -186,7 +189,10 @@ def _widgets(cls: type, common: Iterable[str], advanced: Iterable[str]) -> list[
     hints = typing.get_type_hints(cls)
     fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
     names = [*((n, False) for n in common), *((n, True) for n in advanced)]
-    return [_widget(name, hints[name], fields[name].default, config.info_of(cls, name), late) for name, late in names]
+    return [
+        _widget(name, hints[name], fields[name].default, config.info_of(cls, name), late)
+        for name, late in names
+    ]
 
 
 def _widget(name: str, hint: Any, default: Any, info: config.Info, advanced: bool) -> Widget:

@@ -29,7 +29,9 @@ def test_what_ships() -> None:
     for folder in ("tests/", "docs/", "benchmarks/", ".ci/", ".git", "output/", ".venv"):
         assert not [name for name in NAMES if name.startswith(folder)]
     code = {"", ".py", ".js", ".json", ".md", ".toml", ".txt"}
-    strange = {Path(name).suffix for name in NAMES} - code - {".caption", ".png", ".jpg", ".webp", ".safetensors"}
+    strange = (
+        {Path(name).suffix for name in NAMES} - code - {".caption", ".png", ".jpg", ".webp", ".safetensors"}
+    )
     assert not strange
 
 

@@ -13,7 +13,7 @@ from ast import literal_eval as read_literal  # literals only: nothing is run
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import LoraGraftError
+from .errors import LoraGraftError, one_line
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ OPTIMIZERS = ("AdamW",)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SAVE_PRECISIONS = ("fp16", "bf16", "fp32")
 NAME_TAKEN = ("number", "refuse")
+MAX_LITERAL = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,15 +238,19 @@ def optimizer_kwargs(config: TrainConfig) -> dict[str, Any]:
     """Parse ``optimizer_args`` ("weight_decay=0.01", "betas=.9,.99"); literals only."""
     result: dict[str, Any] = {}
     for item in config.optimizer_args:
-        key, equals, text = item.partition("=")
+        key, equals, text = (part.strip() for part in item.partition("="))
         try:
             if not equals:
                 raise ValueError("no '='")
-            result[key.strip()] = read_literal(text.strip())
-        except (ValueError, SyntaxError) as error:
+            if key in result:
+                raise ValueError("given twice")
+            if len(text) > MAX_LITERAL:  # the parser's depth has no limit of its own
+                raise ValueError(f"longer than {MAX_LITERAL} characters")
+            result[key] = read_literal(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise LoraGraftError(
                 "LG-CFG-002",
-                f"Optimizer option '{item}' cannot be read.",
+                f"Optimizer option '{one_line(item, 60)}' cannot be read.",
                 where="optimizer_args",
                 why=f"it is not of the form key=literal ({error}).",
                 fix="write for instance weight_decay=0.01 or betas=(0.9,0.99)",

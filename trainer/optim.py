@@ -95,7 +95,16 @@ def build_optimizer(
             fix=f"options: {listed(known)}",
         )
     parameters: list[dict[str, Any]] = [{"params": list(ps), "lr": lr, "base_lr": lr} for ps, lr in groups]
-    return cls(parameters, fused=True, **options)  # type: ignore[call-arg]
+    try:
+        return cls(parameters, fused=True, **options)  # type: ignore[call-arg]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LoraGraftError(
+            "LG-CFG-007",
+            f"{config.optimizer_type} does not take these options.",
+            where="optimizer_args: " + " ".join(config.optimizer_args),
+            why=str(error),
+            fix="correct the named value; torch documents each option",
+        ) from None
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

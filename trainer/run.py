@@ -15,6 +15,7 @@ from .data.batches import Batch, plan_epoch
 from .data.cache import TensorCache
 from .data.train_set import TrainSet
 from .engine.precision import Precision, enable_gradient_checkpointing, place
+from .engine.small_maps import use_matrix_products
 from .families.opening import Base
 from .inputs import Inputs
 from .optim import build_optimizer
@@ -71,6 +72,8 @@ def open_run(
     """Load the base, put the adapter on it and build the optimizer; nothing is trained yet."""
     parts = base.load()
     place(parts, precision)
+    if precision.device.type == "cpu" and precision.name == "fp32":
+        use_matrix_products(parts.denoiser)
     rates = {"text_encoder": encoder_lr(config), "denoiser": denoiser_lr(config)}
     settings = lora.Settings(
         config.network_dim,

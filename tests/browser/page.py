@@ -93,6 +93,11 @@ class Page:
         self.ask("app.loadGraphData(a[0], true, true, null)", workflow)
         self.wait("app.rootGraph.nodes.length === a[0]", len(workflow["nodes"]))
 
+    def build(self, *types: str) -> list[str]:
+        """Open a workflow of one node of each type, in a row; return their ids."""
+        ids: list[str] = self.ask("build(a[0])", list(types))
+        return ids
+
     def set(self, setting: str, value: Any) -> None:
         """Change a setting in the running page."""
         self.ask("app.extensionManager.setting.set(a[0], a[1])", setting, value)

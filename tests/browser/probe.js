@@ -2,7 +2,7 @@
 (() => {
   const { app } = window.comfyAPI.app;
   const { api } = window.comfyAPI.api;
-  const node = (id) => app.rootGraph.getNodeById(id);
+  const node = (id) => (app.canvas.graph ?? app.rootGraph).getNodeById(id);
   const panel = (id) => node(id)?.widgets?.find((w) => w.name === "loragraft_panel")?.element;
   const frames = async (n) => {
     for (let i = 0; i < n; i++) await new Promise(requestAnimationFrame);
@@ -24,13 +24,54 @@
     saves: (id) => panel(id)?.querySelectorAll("line.save").length,
     samples: (id) =>
       [...(panel(id)?.querySelectorAll(".loragraft-image") ?? [])].filter((i) => i.complete && i.naturalWidth).length,
+    /** Open a new workflow with one node of each type in a row; gives their ids. */
+    async build(types) {
+      const graph = app.rootGraph;
+      graph.clear();
+      let x = 0;
+      for (const type of types) {
+        const made = LiteGraph.createNode(type);
+        made.pos = [x, 0];
+        graph.add(made);
+        x += made.size[0] + 60;
+      }
+      await app.loadGraphData({ ...graph.serialize(), id: crypto.randomUUID() }, true, true, null);
+      return app.rootGraph.nodes.map((n) => n.id);
+    },
+    labels: (id) => node(id).widgets.map((w) => [w.name, w.label]),
+    /** Move the n-th node into a subgraph; gives the execution ids of the subgraph node and of the node in it. */
+    wrap(n) {
+      const { node: outer } = app.rootGraph.convertToSubgraph(new Set([app.rootGraph.nodes[n]]));
+      return [outer.id, outer.subgraph.nodes[0].id];
+    },
+    enter: (id) => app.canvas.setGraph(app.rootGraph.getNodeById(id).subgraph),
+    fail: (id, message) => api.dispatchCustomEvent("execution_error", { node_id: id, exception_message: message }),
+    /** Send very many steps; gives the milliseconds until the panel has drawn them. */
+    async flood(id, count) {
+      const begun = performance.now();
+      for (let first = 1; first <= count; first += 500) {
+        const steps = Array.from({ length: 500 }, (_, i) => ({ step: first + i, total: count, loss: Math.random(), lr: 1e-4 }));
+        api.dispatchCustomEvent("loragraft.train", { node: id, kind: "step", steps });
+        if (first % 10000 === 1) await frames(1);
+      }
+      await frames(2);
+      return performance.now() - begun;
+    },
+    /** Write a text into every text widget and title. */
+    fillText(text) {
+      for (const each of app.rootGraph.nodes) {
+        each.title = text;
+        for (const w of each.widgets ?? []) if (typeof w.value === "string" && !w.options?.values && w.name !== "loragraft_panel") w.value = text;
+      }
+    },
+    refused: () => Boolean(app.lastNodeErrors && Object.keys(app.lastNodeErrors).length),
     /** Pretend that the server sent a message. */
     send: (detail) => api.dispatchCustomEvent("loragraft.train", detail),
     /** Bring all nodes into view, centred. */
     async frame(margin) {
       await frames(3);
       const { canvas, ds } = app.canvas;
-      const boxes = app.rootGraph.nodes.map((n) => n.getBounding());
+      const boxes = app.canvas.graph.nodes.map((n) => n.getBounding());
       const left = Math.min(...boxes.map((b) => b[0]));
       const top = Math.min(...boxes.map((b) => b[1]));
       const right = Math.max(...boxes.map((b) => b[0] + b[2]));

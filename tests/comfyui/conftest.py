@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from loragraft_tests.comfyui import prompts
 from loragraft_tests.comfyui.harness import Comfy, cannot_run
 
@@ -27,7 +28,9 @@ class DemoRun:
 
 
 @pytest.fixture(scope="session")
-def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Comfy]:
+def server(
+    comfyui: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Comfy]:
     """Return a running ComfyUI with this pack and the probe pack in it."""
     reason = cannot_run()
     if reason and request.config.getoption("--require-comfyui"):
@@ -47,11 +50,16 @@ def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory, request: pyt
 def demo(server: Comfy) -> DemoRun:
     """Run the demo graph once, from nothing to a grid."""
     prompt = prompts.demo_prompt(
-        train={"output_name": TRAINED, "max_train_steps": 6, "save_every_n_steps": 3, "sample_prompts": "a creature\na red circle"},
+        train={
+            "output_name": TRAINED,
+            "max_train_steps": 6,
+            "save_every_n_steps": 3,
+            "sample_prompts": "a creature\na red circle",
+        },
         preview={"checkpoints": ["train", 6], "seeds": "3, 4"},
     ) | {"cells": prompts.node("SaveImage", images=["preview", 1], filename_prefix="cells")}
     begun = server.mark()
     outputs = server.run(prompt)
-    return DemoRun(outputs, server.events(since=begun), prompt, server.base / "models/loras" / f"{TRAINED}.safetensors")
-
-
+    return DemoRun(
+        outputs, server.events(since=begun), prompt, server.base / "models/loras" / f"{TRAINED}.safetensors"
+    )

@@ -10,6 +10,7 @@ Nothing of ComfyUI's own folder is written to. All waiting is on the server's ev
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -27,9 +28,19 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 FOLDERS = ("models/checkpoints", "models/loras", "custom_nodes", "input", "output", "temp", "user")
 REQUIRED = (
-    "torch", "aiohttp", "alembic", "av", "comfyui_frontend_package", "einops", "kornia", "scipy", "spandrel",
-    "sqlalchemy", "torchsde", "transformers",
-)  # fmt: skip
+    "torch",
+    "aiohttp",
+    "alembic",
+    "av",
+    "comfyui_frontend_package",
+    "einops",
+    "kornia",
+    "scipy",
+    "spandrel",
+    "sqlalchemy",
+    "torchsde",
+    "transformers",
+)
 FINAL = ("execution_success", "execution_error", "execution_interrupted")
 
 Event = dict[str, Any]
@@ -46,12 +57,13 @@ def python() -> str:
 
 def cannot_run() -> str | None:
     """Say why the interpreter cannot run ComfyUI, or None."""
-    code = f"import importlib.util as u; lacking = [n for n in {REQUIRED!r} if u.find_spec(n) is None]; exit(\", \".join(lacking) if lacking else 0)"
+    lacking = f"', '.join(n for n in {REQUIRED!r} if not find_spec(n))"
+    code = f"from importlib.util import find_spec; exit({lacking} or 0)"
     done = subprocess.run([python(), "-c", code], capture_output=True, text=True)
     if done.returncode == 0:
         return None
     reason = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-    return f"{python()} lacks of ComfyUI's requirements: {reason}; install them, or set COMFYUI_PYTHON to one that has them"
+    return f"{python()} lacks of ComfyUI's requirements: {reason}; install them, or set COMFYUI_PYTHON"
 
 
 def free_port() -> int:
@@ -94,14 +106,33 @@ class Comfy:
             link.symlink_to(pack, target_is_directory=True)
         port = port or free_port()
         command = [
-            python(), str(HERE / "launch.py"), str(comfyui), "--cpu", "--listen", "127.0.0.1", "--port", str(port),
-            "--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
-            "--disable-auto-launch", "--verbose", "INFO", *args,
-        ]  # fmt: skip
+            python(),
+            str(HERE / "launch.py"),
+            str(comfyui),
+            "--cpu",
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--base-directory",
+            str(base),
+            "--database-url",
+            "sqlite:///:memory:",
+            "--disable-api-nodes",
+            "--disable-auto-launch",
+            "--verbose",
+            "INFO",
+            *args,
+        ]
         variables = {
-            **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NO_COLOR": "1",
-            "PYTHONUNBUFFERED": "1", **(env or {}),
-        }  # fmt: skip
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "NO_COLOR": "1",
+            "PYTHONUNBUFFERED": "1",
+            **(env or {}),
+        }
         with (base / "server.log").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables, cwd=base)
         server = cls(base, port, process)
@@ -114,10 +145,8 @@ class Comfy:
                 except OSError:
                     if process.poll() is not None or time.monotonic() - begun > timeout_s:
                         raise server._failed("did not start") from None
-                    try:
-                        process.wait(0.1)  # nothing announces an open port; an early death does end this
-                    except subprocess.TimeoutExpired:
-                        pass
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(0.1)  # nothing announces an open port; an early death ends this
             server._listen()
         except BaseException:
             server.stop()
@@ -159,7 +188,9 @@ class Comfy:
         """Return the schemas of all nodes."""
         return self.get("/object_info")
 
-    def post_prompt(self, prompt: dict[str, Any], workflow: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+    def post_prompt(
+        self, prompt: dict[str, Any], workflow: dict[str, Any] | None = None
+    ) -> tuple[int, dict[str, Any]]:
         """Post an API-format prompt; return the HTTP status and the answer, whatever they are."""
         body: dict[str, Any] = {"prompt": prompt, "client_id": self.client_id}
         if workflow is not None:
@@ -188,7 +219,9 @@ class Comfy:
                 self._changed.wait(0.05)
         raise self._failed(f"has no history of {prompt_id}")
 
-    def run(self, prompt: dict[str, Any], workflow: dict[str, Any] | None = None, timeout_s: float = 300) -> dict[str, Any]:
+    def run(
+        self, prompt: dict[str, Any], workflow: dict[str, Any] | None = None, timeout_s: float = 300
+    ) -> dict[str, Any]:
         """Queue a prompt and return its outputs by node; raises where it failed."""
         entry = self.wait(self.queue(prompt, workflow), timeout_s)
         if entry["status"]["status_str"] != "success":
@@ -210,7 +243,7 @@ class Comfy:
             return len(self._events)
 
     def wait_event(self, wanted: Callable[[Event], bool], *, since: int = 0, timeout_s: float = 120) -> Event:
-        """Return the first event from number ``since`` on that ``wanted`` accepts, waiting for it if need be."""
+        """Return the first event from number ``since`` on that ``wanted`` accepts, once it is there."""
         deadline = time.monotonic() + timeout_s
         seen = since
         with self._changed:
@@ -263,9 +296,15 @@ class Comfy:
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=30)
         key = base64.b64encode(os.urandom(16)).decode()
         lines = (
-            f"GET /ws?clientId={self.client_id} HTTP/1.1", f"Host: 127.0.0.1:{self.port}", "Upgrade: websocket",
-            "Connection: Upgrade", f"Sec-WebSocket-Key: {key}", "Sec-WebSocket-Version: 13", "", "",
-        )  # fmt: skip
+            f"GET /ws?clientId={self.client_id} HTTP/1.1",
+            f"Host: 127.0.0.1:{self.port}",
+            "Upgrade: websocket",
+            "Connection: Upgrade",
+            f"Sec-WebSocket-Key: {key}",
+            "Sec-WebSocket-Version: 13",
+            "",
+            "",
+        )
         sock.sendall("\r\n".join(lines).encode())
         stream = sock.makefile("rb")
         if b"101" not in stream.readline():

@@ -8,13 +8,14 @@ only by model families that no test uses, so an absent one is replaced by empty 
 from __future__ import annotations
 
 import importlib.util
-import os
 import runpy
 import sys
 import types
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import ClassVar
 
 STUBS = {
     "torchaudio": ("functional", "transforms"),
@@ -30,7 +31,7 @@ kept: list[object] = []  # the declaration lives as long as its object
 class _Stub(types.ModuleType):
     """A module in which every name exists."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
@@ -41,7 +42,9 @@ class _Stub(types.ModuleType):
 class _CureTorchvision(MetaPathFinder):
     """Declares the schemas just before torchvision is first imported; finds no module itself."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: object = None
+    ) -> ModuleSpec | None:
         if fullname == "torchvision" and not kept:
             import torch
 
@@ -55,9 +58,9 @@ class _CureTorchvision(MetaPathFinder):
 
 def main() -> None:
     """Cure the imports, then hand over to main.py under the name `__main__`."""
-    comfyui = os.path.abspath(sys.argv[1])
-    sys.argv = [os.path.join(comfyui, "main.py"), *sys.argv[2:]]
-    sys.path[0] = comfyui
+    comfyui = Path(sys.argv[1]).resolve()
+    sys.argv = [str(comfyui / "main.py"), *sys.argv[2:]]
+    sys.path[0] = str(comfyui)
     for name, parts in STUBS.items():
         if importlib.util.find_spec(name) is None:
             for full in (name, *(f"{name}.{part}" for part in parts)):

@@ -65,7 +65,12 @@ def dataset_nodes(path: str = "[demo]", **build: Any) -> Prompt:
     """Return Load Image Folder and Build Dataset."""
     return {
         "folder": node(
-            "LoraGraftLoadImageFolder", path=path, recursive=True, class_tokens="", default_repeats=1, on_bad="stop"
+            "LoraGraftLoadImageFolder",
+            path=path,
+            recursive=True,
+            class_tokens="",
+            default_repeats=1,
+            on_bad="stop",
         ),
         "build": node("LoraGraftBuildDataset", dataset=["folder", 0], **{**BUILD, **build}),
     }
@@ -99,7 +104,7 @@ def demo_prompt(train: dict[str, Any] | None = None, preview: dict[str, Any] | N
 
 
 def native_prompt(lora: dict[str, Any] | None, *, prefix: str, **settings: Any) -> Prompt:
-    """Return the native way to one preview cell: Load LoRA, CLIP Text Encode, KSampler, VAE Decode, Save Image.
+    """Return the native way to one preview cell, from Load LoRA to Save Image.
 
     ``lora`` holds LoraLoader's widgets, or None for the base alone.
     """

@@ -1,4 +1,4 @@
-"""The demo graph in a real ComfyUI: from a folder of images to a grid, and what the native nodes make of it."""
+"""The demo graph in a real ComfyUI, from a folder of images to a grid, and what native nodes make of it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import time
 from typing import Any
 
 import numpy as np
+from PIL import Image
+
 from loragraft.trainer import api
 from loragraft_tests.comfyui import prompts
 from loragraft_tests.comfyui.conftest import TRAINED, DemoRun
 from loragraft_tests.comfyui.harness import Comfy
-from PIL import Image
 
 
 def pixels(server: Comfy, image: dict[str, str]) -> np.ndarray[Any, Any]:
@@ -21,13 +22,18 @@ def pixels(server: Comfy, image: dict[str, str]) -> np.ndarray[Any, Any]:
 
 def test_it_leaves_the_lora_its_words_and_a_grid(server: Comfy, demo: DemoRun) -> None:
     assert demo.file.is_file()
-    assert demo.file.with_suffix(".txt").read_text("utf-8").strip() == demo.outputs["train"]["loragraft"][0]["trigger"]
+    assert (
+        demo.file.with_suffix(".txt").read_text("utf-8").strip()
+        == demo.outputs["train"]["loragraft"][0]["trigger"]
+    )
     grid = demo.outputs["preview"]["images"][0]
     assert (grid["type"], grid["subfolder"]) == ("output", "loragraft/grids")
     image = Image.open(io.BytesIO(server.view(grid)))
     assert image.width > 2 * 64 and image.height > 3 * 64
     assert json.loads(image.info["prompt"])["preview"]["class_type"] == "LoraGraftPreviewWithLoRA"
-    report = json.loads((server.base / "output/loragraft/grids" / grid["filename"]).with_suffix(".json").read_text("utf-8"))
+    report = json.loads(
+        (server.base / "output/loragraft/grids" / grid["filename"]).with_suffix(".json").read_text("utf-8")
+    )
     assert [(r["lora"], r["strength_model"]) for r in report["rows"]] == [
         (None, 0.0),
         ("lora.safetensors", 0.8),  # step 3; the last checkpoint is the finished file and stands there once
@@ -55,12 +61,17 @@ def test_the_events_tell_the_run_in_order(demo: DemoRun) -> None:
     assert [p["step"] for p in sent if p["kind"] == "save"] == [3, 6]
     assert all(p["zero_tensors"] == 0 for p in sent if p["kind"] == "save")
     assert [(p["step"], p["prompt"]) for p in sent if p["kind"] == "sample"] == [
-        (3, "a creature"), (3, "a red circle"), (6, "a creature"), (6, "a red circle"),
-    ]  # fmt: skip
+        (3, "a creature"),
+        (3, "a red circle"),
+        (6, "a creature"),
+        (6, "a red circle"),
+    ]
 
 
 def test_the_node_shows_progress_samples_and_its_result(server: Comfy, demo: DemoRun) -> None:
-    values = [e["data"]["value"] for e in demo.events if e["type"] == "progress" and e["data"]["node"] == "train"]
+    values = [
+        e["data"]["value"] for e in demo.events if e["type"] == "progress" and e["data"]["node"] == "train"
+    ]
     assert values, "no progress on the node"
     assert any(e["type"] == "binary" for e in demo.events), "no preview picture on the node"
     shown = demo.outputs["train"]
@@ -77,7 +88,9 @@ def test_a_cell_is_what_the_native_nodes_draw(server: Comfy, demo: DemoRun) -> N
     lora = {"lora_name": demo.file.name, "strength_model": 0.8, "strength_clip": 0.8}
     for row, widgets in ((0, None), (2, lora)):
         for column, seed in enumerate((3, 4)):
-            native = server.run(prompts.native_prompt(widgets, prefix=f"native_{row}_{column}", seeds=str(seed)))
+            native = server.run(
+                prompts.native_prompt(widgets, prefix=f"native_{row}_{column}", seeds=str(seed))
+            )
             drawn = pixels(server, native["save"]["images"][0])
             assert np.array_equal(drawn, cells[2 * row + column]), f"row {row}, seed {seed}"
     assert not np.array_equal(cells[0], cells[4]), "the LoRA changes nothing"
@@ -91,15 +104,21 @@ def test_model_and_clip_outputs_equal_the_native_loader(server: Comfy, demo: Dem
     train["sampled"]["inputs"]["model"] = ["train", 1]
     ours = server.run(train)
     native = server.run(
-        prompts.native_prompt({"lora_name": demo.file.name, "strength_model": 1.0, "strength_clip": 1.0}, prefix="loader")
+        prompts.native_prompt(
+            {"lora_name": demo.file.name, "strength_model": 1.0, "strength_clip": 1.0}, prefix="loader"
+        )
     )
-    assert np.array_equal(pixels(server, ours["save"]["images"][0]), pixels(server, native["save"]["images"][0]))
+    assert np.array_equal(
+        pixels(server, ours["save"]["images"][0]), pixels(server, native["save"]["images"][0])
+    )
 
 
 def test_native_training_nodes_take_the_outputs(server: Comfy, demo: DemoRun) -> None:
     graph = {**demo.prompt, **prompts.native_prompt(None, prefix="lora_model")}
     del graph["preview"], graph["cells"]
-    graph["loader"] = prompts.node("LoraModelLoader", model=["base", 0], lora=["train", 0], strength_model=1.0, bypass=False)
+    graph["loader"] = prompts.node(
+        "LoraModelLoader", model=["base", 0], lora=["train", 0], strength_model=1.0, bypass=False
+    )
     graph["sampled"]["inputs"]["model"] = ["loader", 0]
     graph["loss"] = prompts.node("LossGraphNode", loss=["train", 3], filename_prefix="loss")
     before = len(server.log)
@@ -107,12 +126,17 @@ def test_native_training_nodes_take_the_outputs(server: Comfy, demo: DemoRun) ->
     assert outputs["loss"]["images"]
     only_model = {"lora_name": demo.file.name, "strength_model": 1.0, "strength_clip": 0.0}
     native = server.run(prompts.native_prompt(only_model, prefix="only_model"))
-    assert np.array_equal(pixels(server, outputs["save"]["images"][0]), pixels(server, native["save"]["images"][0]))
+    assert np.array_equal(
+        pixels(server, outputs["save"]["images"][0]), pixels(server, native["save"]["images"][0])
+    )
     assert "not loaded" not in server.log[before:].lower()
 
 
 def test_a_finished_run_is_returned_within_a_second(server: Comfy, demo: DemoRun) -> None:
-    changed = {**demo.prompt["train"], "inputs": {**demo.prompt["train"]["inputs"], "training_comment": "other"}}
+    changed = {
+        **demo.prompt["train"],
+        "inputs": {**demo.prompt["train"]["inputs"], "training_comment": "other"},
+    }
     graph = {**prompts.train_prompt(), "train": changed}  # other widgets: ComfyUI runs the node again
     stamp = demo.file.stat().st_mtime_ns
     begun = time.monotonic()
@@ -137,10 +161,18 @@ def test_the_file_opens_the_graph_that_made_it(server: Comfy, tmp_path: Any) -> 
     inside = server.base / "input" / "faces"
     workflow = {
         "id": "11111111-2222-3333-4444-555555555555",
-        "nodes": [{"id": 1, "type": "LoraGraftLoadImageFolder", "widgets_values": [str(inside), True, "", 1, "stop"]}],
+        "nodes": [
+            {
+                "id": 1,
+                "type": "LoraGraftLoadImageFolder",
+                "widgets_values": [str(inside), True, "", 1, "stop"],
+            }
+        ],
         "extra": {"note": f"made from {inside} and /home/somebody/private"},
     }
-    outputs = server.run(prompts.train_prompt(output_name="with_workflow", max_train_steps=1, seed=11), workflow)
+    outputs = server.run(
+        prompts.train_prompt(output_name="with_workflow", max_train_steps=1, seed=11), workflow
+    )
     assert outputs["train"]["loragraft"][0]["workflow"] == workflow["id"]
     metadata = api.lora_metadata(server.base / "models/loras/with_workflow.safetensors")
     kept = json.loads(metadata["workflow"])
@@ -148,7 +180,10 @@ def test_the_file_opens_the_graph_that_made_it(server: Comfy, tmp_path: Any) -> 
     everything = " ".join(metadata.values())
     assert str(server.base) not in everything
     server.run(
-        prompts.train_prompt(output_name="without_workflow", max_train_steps=1, seed=12, embed_workflow=False), workflow
+        prompts.train_prompt(
+            output_name="without_workflow", max_train_steps=1, seed=12, embed_workflow=False
+        ),
+        workflow,
     )
     assert "workflow" not in api.lora_metadata(server.base / "models/loras/without_workflow.safetensors")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from loragraft.trainer import __main__ as cli
 from loragraft.trainer import api
 from loragraft_tests.comfyui import prompts
@@ -16,7 +17,10 @@ BASE: dict[str, Any] = {"model": ["base", 0], "clip": ["base", 1], "vae": ["base
 
 
 def test_the_very_weights_are_shared(server: Comfy) -> None:
-    graph = {"base": prompts.node("LoraGraftLoadDemoBase"), "share": prompts.node("ProbeShare", **BASE, tag="1")}
+    graph = {
+        "base": prompts.node("LoraGraftLoadDemoBase"),
+        "share": prompts.node("ProbeShare", **BASE, tag="1"),
+    }
     report = prompts.answer(server.run(graph), "share")
     assert report["host_inference"], "the host's weights are inference tensors, or this test shows nothing"
     assert report["count"] > 600
@@ -28,17 +32,25 @@ def test_the_very_weights_are_shared(server: Comfy) -> None:
 
 def test_the_hash_is_that_of_the_plain_weights_while_a_lora_is_loaded(server: Comfy) -> None:
     """ComfyUI bakes a LoRA into the shared modules and leaves it there after the graph has ended."""
-    outputs = server.run(prompts.train_prompt(output_name="baked", max_train_steps=2, seed=41, learning_rate=0.01))
+    outputs = server.run(
+        prompts.train_prompt(output_name="baked", max_train_steps=2, seed=41, learning_rate=0.01)
+    )
     assert not outputs["train"]["loragraft"][0]["reused"]
     lora = {"lora_name": "baked.safetensors", "strength_model": 1.0, "strength_clip": 1.0}
     server.run(prompts.native_prompt(lora, prefix="baked"))
-    graph = {"base": prompts.node("LoraGraftLoadDemoBase"), "share": prompts.node("ProbeShare", **BASE, tag="2")}
+    graph = {
+        "base": prompts.node("LoraGraftLoadDemoBase"),
+        "share": prompts.node("ProbeShare", **BASE, tag="2"),
+    }
     assert prompts.answer(server.run(graph), "share")["hash"] == api.open_demo_base().weights_hash
 
 
 def test_nothing_of_the_host_is_changed(server: Comfy) -> None:
     def look(tag: str, **more: Any) -> dict[str, Any]:
-        graph = {"base": prompts.node("LoraGraftLoadDemoBase"), "look": prompts.node("ProbeHost", **BASE, tag=tag)}
+        graph = {
+            "base": prompts.node("LoraGraftLoadDemoBase"),
+            "look": prompts.node("ProbeHost", **BASE, tag=tag),
+        }
         return prompts.answer(server.run({**graph, **more}), "look")
 
     def train(**settings: Any) -> None:
@@ -68,9 +80,16 @@ def test_an_image_of_the_same_seed_is_the_same_after_training(server: Comfy) -> 
 
 def test_the_graph_and_the_command_line_give_the_same(server: Comfy, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
-        "output_name": "both_ways", "max_train_steps": 5, "seed": 61, "shuffle_caption": False, "conv_dim": 2,
-        "conv_alpha": 1.0, "text_encoder_lr": 5e-4, "lr_scheduler": "cosine", "min_snr_gamma": 5.0,
-    }  # fmt: skip
+        "output_name": "both_ways",
+        "max_train_steps": 5,
+        "seed": 61,
+        "shuffle_caption": False,
+        "conv_dim": 2,
+        "conv_alpha": 1.0,
+        "text_encoder_lr": 5e-4,
+        "lr_scheduler": "cosine",
+        "min_snr_gamma": 5.0,
+    }
     build = {"shuffle_caption": True, "keep_tokens": 1, "caption_dropout_rate": 0.1}
     train = {k: v for k, v in settings.items() if k != "shuffle_caption"}
     graph = prompts.train_prompt(**train)
@@ -78,15 +97,34 @@ def test_the_graph_and_the_command_line_give_the_same(server: Comfy, tmp_path: P
     workflow = {"id": "both", "nodes": [], "links": []}
     server.run(graph, workflow)
 
-    off = {"unet_lr": -1, "text_encoder_lr": -1, "max_train_epochs": 0, "min_snr_gamma": 0, "save_every_n_epochs": 0}
+    off = {
+        "unet_lr": -1,
+        "text_encoder_lr": -1,
+        "max_train_epochs": 0,
+        "min_snr_gamma": 0,
+        "save_every_n_epochs": 0,
+    }
     values = {**prompts.BUILD, **build, **prompts.TRAIN, **train}
-    lines = [f"{k} = {_toml(v)}" for k, v in values.items() if not (k in off and v == off[k]) and k != "sample_prompts"]
+    lines = [
+        f"{k} = {_toml(v)}"
+        for k, v in values.items()
+        if not (k in off and v == off[k]) and k != "sample_prompts"
+    ]
     config = tmp_path / "run.toml"
     config.write_text("\n".join([*lines, "sample_prompts = []"]), "utf-8")
     arguments = [
-        "train", "--config", str(config), "--pretrained_model_name_or_path", "demo", "--train_data_dir", "demo",
-        "--output_dir", str(tmp_path / "out"), "--device", "cpu",
-    ]  # fmt: skip
+        "train",
+        "--config",
+        str(config),
+        "--pretrained_model_name_or_path",
+        "demo",
+        "--train_data_dir",
+        "demo",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
     status: list[int] = []
     # a main thread's signal handler is not wanted here, so the command's own is left out
     cli_stop = cli._StopFlag

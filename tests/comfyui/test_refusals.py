@@ -1,4 +1,4 @@
-"""What cannot be trained or read is refused in plain words: code, socket or widget, reason, remedy; nothing is written."""
+"""What cannot be trained or read is refused in plain words, and nothing is written."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+
 from loragraft_tests.comfyui import prompts
 from loragraft_tests.comfyui.harness import Comfy, error_text
-from PIL import Image
 
 ODD = {
     "fp8": "LG-NODE-004",
@@ -51,7 +52,9 @@ def refused(server: Comfy, prompt: prompts.Prompt) -> str:
 @pytest.mark.parametrize(("kind", "code"), ODD.items())
 def test_an_odd_base_is_refused(server: Comfy, kind: str, code: str) -> None:
     graph = prompts.train_prompt(output_name="never", max_train_steps=1, seed=71)
-    graph["odd"] = prompts.node("ProbeOddModel", model=["base", 0], clip=["base", 1], vae=["base", 2], kind=kind)
+    graph["odd"] = prompts.node(
+        "ProbeOddModel", model=["base", 0], clip=["base", 1], vae=["base", 2], kind=kind
+    )
     graph["train"]["inputs"] |= {"model": ["odd", 0], "clip": ["odd", 1], "vae": ["odd", 2]}
     assert code in refused(server, graph)
 
@@ -60,7 +63,12 @@ def test_a_base_with_a_lora_on_it_is_refused(server: Comfy, demo: Any) -> None:
     for socket in (0, 1):
         graph = prompts.train_prompt(output_name="never", max_train_steps=1, seed=72)
         graph["loader"] = prompts.node(
-            "LoraLoader", model=["base", 0], clip=["base", 1], lora_name=demo.file.name, strength_model=1.0, strength_clip=1.0
+            "LoraLoader",
+            model=["base", 0],
+            clip=["base", 1],
+            lora_name=demo.file.name,
+            strength_model=1.0,
+            strength_clip=1.0,
         )
         graph["train"]["inputs"][("model", "clip")[socket]] = ["loader", socket]
         text = refused(server, graph)
@@ -91,7 +99,9 @@ WIDGETS = [
 
 
 @pytest.mark.parametrize(("name", "inputs", "code"), WIDGETS, ids=[str(w[1]) for w in WIDGETS])
-def test_an_impossible_widget_is_refused(server: Comfy, name: str, inputs: dict[str, Any], code: str | None) -> None:
+def test_an_impossible_widget_is_refused(
+    server: Comfy, name: str, inputs: dict[str, Any], code: str | None
+) -> None:
     graph = prompts.train_prompt(output_name="never", max_train_steps=1, seed=73)
     graph[name]["inputs"] |= inputs
     if code is None:  # the host's own check of the widget's range
@@ -116,7 +126,9 @@ PREVIEW = [
 
 
 @pytest.mark.parametrize(("inputs", "code"), PREVIEW, ids=[str(p[0]) for p in PREVIEW])
-def test_an_impossible_preview_is_refused(server: Comfy, demo: Any, inputs: dict[str, Any], code: str) -> None:
+def test_an_impossible_preview_is_refused(
+    server: Comfy, demo: Any, inputs: dict[str, Any], code: str
+) -> None:
     graph = {
         "base": prompts.node("LoraGraftLoadDemoBase"),
         "preview": prompts.preview_node(**{"lora_name": demo.file.name, **inputs}),
@@ -147,7 +159,10 @@ def test_a_lora_of_another_architecture_is_refused(server: Comfy) -> None:
     import torch
     from safetensors.torch import save_file
 
-    names = ("lora_unet_joint_blocks_0_context_block_attn_qkv", "lora_te2_text_model_encoder_layers_31_mlp_fc1")
+    names = (
+        "lora_unet_joint_blocks_0_context_block_attn_qkv",
+        "lora_te2_text_model_encoder_layers_31_mlp_fc1",
+    )
     tensors = {f"{n}.lora_{d}.weight": torch.ones(2, 2) for n in names for d in ("up", "down")}
     save_file(tensors, server.base / "models/loras/other_family.safetensors")
     graph = {

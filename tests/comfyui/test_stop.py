@@ -1,4 +1,4 @@
-"""Cancel in mid-training keeps the work; queueing again ends with the very bytes of a run that never stopped."""
+"""Cancel keeps the work; queueing again ends with the very bytes of a run that never stopped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from loragraft_tests.comfyui import prompts
 from loragraft_tests.comfyui.harness import Comfy
 
@@ -37,9 +38,13 @@ def cancel_at(server: Comfy, prompt: prompts.Prompt, kind: str) -> tuple[dict[st
 def test_cancel_keeps_the_work_and_the_next_queueing_ends_in_the_same_bytes(server: Comfy, kind: str) -> None:
     name = f"stopped_{kind}"
     settings: dict[str, Any] = {
-        "output_name": name, "max_train_steps": STEPS, "sample_prompts": "a creature" if kind == "sample" else "",
-        "save_every_n_steps": 4 if kind != "step" else 0, "seed": 21, "lr_scheduler": "cosine",
-    }  # fmt: skip
+        "output_name": name,
+        "max_train_steps": STEPS,
+        "sample_prompts": "a creature" if kind == "sample" else "",
+        "save_every_n_steps": 4 if kind != "step" else 0,
+        "seed": 21,
+        "lr_scheduler": "cosine",
+    }
     prompt = prompts.train_prompt(**settings)
     file = server.base / "models/loras" / f"{name}.safetensors"
     _, step = cancel_at(server, prompt, kind)
@@ -83,6 +88,8 @@ def test_memory_and_files_are_given_back(server: Comfy) -> None:
     once(32)
     once(33)
     after = measure("after")
-    assert after["needing_grad"] == before["needing_grad"], "the host has such weights itself; training adds none"
+    assert after["needing_grad"] == before["needing_grad"], (
+        "the host has such weights itself; training adds none"
+    )
     assert after["tensor_bytes"] - before["tensor_bytes"] < 2 * 2**20
     assert after["files"] <= before["files"] + 2, (before, after)

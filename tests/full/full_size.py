@@ -39,8 +39,9 @@ def write_checkpoint(folder: Path, seed: int = 0) -> Path:
 def shapes() -> dict[str, torch.Tensor]:
     """Return meta tensors of SD1.5's weights under their single-file names."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from loragraft.trainer.families import ldm_keys as keys
     from transformers import CLIPTextConfig, CLIPTextModel
+
+    from loragraft.trainer.families import ldm_keys as keys
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(

@@ -34,7 +34,9 @@ def _run(base: api.Base, train_set: api.TrainSet, out: Path, device: str, precis
 
 
 @pytest.fixture
-def tiny_run(tmp_path: Path, tiny_base: api.Base, tiny_train_set: api.TrainSet) -> tuple[api.Base, api.TrainSet, Path]:
+def tiny_run(
+    tmp_path: Path, tiny_base: api.Base, tiny_train_set: api.TrainSet
+) -> tuple[api.Base, api.TrainSet, Path]:
     return tiny_base, tiny_train_set, tmp_path
 
 
@@ -46,7 +48,9 @@ def test_fp32_losses_agree_with_the_cpu(tiny_run: tuple[api.Base, api.TrainSet, 
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_stays_near_fp32(tiny_run: tuple[api.Base, api.TrainSet, Path], precision: str) -> None:
+def test_half_precision_stays_near_fp32(
+    tiny_run: tuple[api.Base, api.TrainSet, Path], precision: str
+) -> None:
     base, train_set, out = tiny_run
     full = _run(base, train_set, out / "full", "cuda", "fp32")
     half = _run(base, train_set, out / "half", "cuda", precision)

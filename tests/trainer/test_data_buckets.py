@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loragraft_tests.trainer.data_folders import golden
 
 from loragraft.trainer.config import DatasetConfig
-from loragraft.trainer.data.buckets import cover, make_buckets, select_bucket
+from loragraft.trainer.data.buckets import cover, make_buckets, nearest_bucket, select_bucket
+from loragraft_tests.trainer.data_folders import golden
 
 CASES = golden("buckets")
 SETTINGS = ("resolution", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
@@ -45,6 +45,12 @@ def test_without_buckets_every_image_gets_the_resolution() -> None:
         choice = select_bucket(image, config)
         assert choice.bucket == (512, 768)
         assert choice.resized == cover(image, (512, 768))
+
+
+def test_the_images_own_size_wins_over_an_equal_aspect() -> None:
+    buckets = ((256, 256), (512, 512), (512, 640))
+    assert nearest_bucket((512, 512), buckets).bucket == (512, 512)
+    assert nearest_bucket((513, 513), buckets).bucket == (256, 256), "else the first of the nearest"
 
 
 def test_crop_share() -> None:
@@ -106,6 +112,8 @@ def any_grid(side: int, grid: tuple[int, int, int]) -> None:
     assert all(w * h <= side * 512 for w, h in buckets)
     square = int(math.sqrt(side * 512) // grid[2]) * grid[2]
     assert (square, square) in buckets
+    others = [size for size in buckets if size != (square, square)]
+    assert all(grid[0] <= min(size) and max(size) <= grid[1] for size in others)
 
 
 NUM_EXAMPLES = [150, pytest.param(5000, marks=pytest.mark.slow)]

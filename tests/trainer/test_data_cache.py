@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from loragraft_tests.trainer.data_folders import Refusal
 from safetensors import safe_open
 
 from loragraft.trainer import safefile
 from loragraft.trainer.data import cache as cache_module
 from loragraft.trainer.data.cache import TensorCache, key_of
+from loragraft_tests.trainer.data_folders import Refusal
 
 KEY = key_of(name="x")
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loragraft_tests.trainer.data_folders import golden, picture
 
 from loragraft.trainer.config import DatasetConfig
 from loragraft.trainer.data.caption_files import (
@@ -21,6 +20,7 @@ from loragraft.trainer.data.caption_files import (
     read_caption,
 )
 from loragraft.trainer.data.captions import is_varied, vary_caption
+from loragraft_tests.trainer.data_folders import golden, picture
 
 OURS = {f.name for f in dataclasses.fields(DatasetConfig)}
 CASES = [case for case in golden("captions") if set(case["options"]) <= OURS]

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loragraft_tests.trainer.data_folders import Refusal, picture
 from PIL import Image, ImageFile, ImageOps, features
 
 from loragraft.trainer.config import DatasetConfig
@@ -26,6 +25,7 @@ from loragraft.trainer.data.images import (
     shown,
 )
 from loragraft.trainer.data.records import Record
+from loragraft_tests.trainer.data_folders import Refusal, picture
 
 
 def record_of(path: Path) -> Record:

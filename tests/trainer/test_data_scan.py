@@ -8,11 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from loragraft_tests.trainer.data_folders import Refusal, fill, picture
 from PIL import Image, ImageFile
 
 from loragraft.trainer.data.folders import folder_rule, natural_key, parse_folder
 from loragraft.trainer.data.records import Dataset, Record, scan_folder
+from loragraft_tests.trainer.data_folders import Refusal, fill, picture
 
 S = (48, 32)
 
@@ -305,8 +305,10 @@ def test_twenty_files_are_named_and_the_rest_counted(tmp_path: Path) -> None:
 
 
 def test_a_skipped_images_caption_is_no_orphan(tmp_path: Path) -> None:
-    fill(tmp_path, {"a.png": S, "a.txt": "a", "b.png": b"?", "b.txt": "b"})
+    fill(tmp_path, {"a.png": S, "a.txt": "a", "b.png": b"?", "b.txt": "b", "c.data": b"", "c.txt": "c"})
+    Image.new("1", (8001, 8000)).save(tmp_path / "c.data", format="PNG")
     dataset = scan_folder(tmp_path, on_bad="skip")
+    assert said(dataset, "Skipped, cannot be read (2)", "b.png", "c.data (8001x8000")
     assert not said(dataset, "belong to no image")
 
 

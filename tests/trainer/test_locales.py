@@ -94,11 +94,8 @@ def test_help_page(node: str, lang: str) -> None:
 
 def test_help_pages_name_only_what_exists() -> None:
     source = "".join(p.read_text("utf-8") for d in ("nodes", "trainer") for p in (ROOT / d).rglob("*.py"))
-    known = {
-        name
-        for node in DEFS["en"].values()
-        for name in (*node.get("inputs", {}), *(o["name"] for o in node["outputs"].values()))
-    }
+    known = {name for node in DEFS["en"].values() for name in node.get("inputs", {})}
+    known |= {output["name"] for node in DEFS["en"].values() for output in node["outputs"].values()}
     for page in (ROOT / "js" / "docs").glob("*/*.md"):
         text = page.read_text("utf-8")
         for code in re.findall(r"LG-[A-Z]+-\d{3}", text):

@@ -184,6 +184,7 @@ def attach(parts: Parts, tensors: Mapping[str, torch.Tensor], targets: Sequence[
         used.update(names)
     unused = [name for name in tensors if name not in used]
     if unused:
+        remove(parts, Adapter(adapted))
         raise LoraGraftError(
             "LG-SAVE-006",
             f"{len(unused)} of the LoRA's {len(tensors)} tensors fit no module of this base model.",

@@ -90,10 +90,12 @@ def creature(seed: int) -> Creature:
     )
 
 
-def random_pose(rng: np.random.Generator, size_px: tuple[int, int] = (64, 64)) -> Pose:
-    """Choose background, size, place and side at random."""
+def random_pose(
+    rng: np.random.Generator, size_px: tuple[int, int] = (64, 64), background: str | None = None
+) -> Pose:
+    """Choose size, place and side at random, and the background where none is given."""
     return Pose(
-        tuple(PALETTE)[rng.integers(len(PALETTE))],
+        background or tuple(PALETTE)[rng.integers(len(PALETTE))],
         tuple(EXTENTS)[rng.integers(len(EXTENTS))],
         int(rng.integers(3)),
         int(rng.integers(3)),

@@ -191,7 +191,8 @@ def draw_scene(scene: Scene) -> Image.Image:
 
 def tag_caption(scene: Scene) -> str:
     """Caption in tags: "large red circle, striped, top left, blue background"."""
-    return f"{scene.size} {scene.color} {scene.shape}, {scene.texture}, {scene.position}, {scene.background} background"
+    tags = (f"{scene.size} {scene.color} {scene.shape}", scene.texture, scene.position)
+    return f"{', '.join(tags)}, {scene.background} background"
 
 
 def sentence_caption(scene: Scene, form: int = 0) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ def save_tensors(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(path.suffix + ".part")
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, dict(metadata or {}))
-    os.replace(part, path)
+    part.replace(path)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -47,7 +46,7 @@ class TrainState:
         save_tensors(self.path, tensors, {"step": str(step), "facts": json.dumps(facts)})
 
     def load(self) -> tuple[int, dict[str, Any]]:
-        """Fill modules and optimizer from the file, if there is one; give the number of steps done and facts."""
+        """Fill modules and optimizer from the file, if any; give the number of steps done and facts."""
         if not self.path.exists():
             return 0, {}
         tensors, metadata = load_tensors(self.path)

@@ -17,7 +17,7 @@ from .models import SCALING_FACTOR
 from .train_vae import to_pixels
 
 # Images per size, in the order of SIZES_PX: mostly square, the rest for buckets of other aspect ratios.
-POOL_COUNTS = (16000, 2400, 2400, 2400, 2400)
+POOL_COUNTS = (12000, 1600, 1600, 1600, 1600)
 ENCODE_BATCH = 80
 
 

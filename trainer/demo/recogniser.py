@@ -21,7 +21,7 @@ _SHIFTS = (-0.06, 0.0, 0.06)
 
 
 def _foreground(rgb: np.ndarray) -> np.ndarray:
-    """Give the foreground (H, W) bool, holes filled: white eyes on a white background belong to the creature."""
+    """Give the foreground (H, W) bool, holes filled: white eyes on white belong to the creature."""
     distance = contrast(rgb, border_color(rgb))
     mask = distance > min(_CONTRAST, 0.45 * float(distance.max()))
     padded = Image.fromarray(np.pad(mask, 1).astype(np.uint8) * 255).copy()
@@ -94,7 +94,9 @@ def _shape_templates() -> np.ndarray:
         for color in COLORS:
             background = "black" if color == "white" else "white"
             for size in SIZES:
-                seen = _views(draw_scene(Scene(shape, color, background, size=size, height=96, width=96)), False)
+                seen = _views(
+                    draw_scene(Scene(shape, color, background, size=size, height=96, width=96)), False
+                )
                 assert seen is not None
                 views.append(seen[0])
     return np.stack(views)

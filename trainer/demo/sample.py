@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -30,13 +32,13 @@ def sample(
     """Draw one image per caption and seed; `size_px` is (height, width)."""
     device = next(model.unet.parameters()).device
     alphas = sd_alphas_cumprod()
-    x = seeded_noise(seeds, size_px).to(device)
+    x = clean = seeded_noise(seeds, size_px).to(device)
     cond = embed(model.text_encoder, tokenize(model.tokenizer, captions).to(device))
     empty = embed(model.text_encoder, tokenize(model.tokenizer, [""]).to(device)).expand_as(cond)
     both = torch.cat([empty, cond])
     times = torch.linspace(999, 0, steps + 1).round().long()
-    for now, after in zip(times[:-1], times[1:], strict=True):
-        t = now.expand(2 * len(x)).to(device)
+    for now, after in pairwise(times.tolist()):
+        t = torch.full((2 * len(x),), now, device=device)
         with torch.autocast(device.type, torch.bfloat16):
             pred = model.unet(torch.cat([x, x]), t, both).sample.float()
         free, guided = pred.chunk(2)
@@ -44,5 +46,5 @@ def sample(
         a, b = float(alphas[now]), float(alphas[after])
         clean = (x - (1 - a) ** 0.5 * noise) / a**0.5
         x = b**0.5 * clean + (1 - b) ** 0.5 * noise
-    # The last point keeps a little noise (t = 0 is not sigma 0): take the clean estimate.
-    return to_images(decode(vae, clean if steps else x))
+    # The last point keeps a little noise (t = 0 is not sigma 0): the clean estimate does not.
+    return to_images(decode(vae, clean))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from transformers import CLIPTokenizer
@@ -27,7 +28,7 @@ def merges_of(words: list[str]) -> list[tuple[str, str]]:
     split = [[*word[:-1], word[-1] + WORD_END] for word in words]
     merges: list[tuple[str, str]] = []
     while any(len(pieces) > 1 for pieces in split):
-        counts = Counter(pair for pieces in split for pair in zip(pieces, pieces[1:], strict=False))
+        counts = Counter(pair for pieces in split for pair in pairwise(pieces))
         pair = counts.most_common(1)[0][0]
         merges.append(pair)
         split = [_merge(pieces, pair) for pieces in split]

@@ -19,11 +19,11 @@ from .latents import PoolGroup
 from .models import MAX_TOKENS, build_text_encoder, build_unet
 from .train_vae import SAVE_EVERY_S, cosine_rate
 
-BATCH = 64
-LEARNING_RATE = 8e-4
+BATCH = 32
+LEARNING_RATE = 1e-3
 EMPTY_CAPTIONS = 0.1
 MIN_SNR_GAMMA = 5.0
-EMA_DECAY = 0.9985
+EMA_DECAY = 0.999
 
 
 @dataclass

@@ -61,16 +61,7 @@ def open_file(
 ) -> Base:
     """Open a single .safetensors checkpoint; its pages are mapped, not read."""
     _refuse_other_formats(path)
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise LoraGraftError(
-            "LG-BASE-001",
-            f"The base model '{path.name}' cannot be read.",
-            where=str(path),
-            why=str(error)[:200],
-            fix="check that the file is a complete .safetensors checkpoint; download or copy it again",
-        ) from None
+    weights = _read_file(path, where=path.name)
     folder = find_tokenizer(tokenizer, allow_download=allow_download)
     return open_weights(weights, name=name or path.stem, tokenizer=folder, where=path.name)
 
@@ -80,16 +71,16 @@ def open_folder(
 ) -> Base:
     """Open a diffusers folder (unet/, vae/, text_encoder/, tokenizer/) of safetensors files."""
     state_dicts = {part: _read_folder(path / folder) for part, folder in FOLDERS.items()}
-    for part, sd in state_dicts.items():
-        _refuse_untrainable(sd, where=f"{path.name}/{FOLDERS[part]}")
-    vae = {_new_vae_name(k): v for k, v in state_dicts["vae"].items()}
-    state_dicts["vae"] = {k: v.reshape(v.shape[:2]) if _is_old_attention(k, v) else v for k, v in vae.items()}
     text = state_dicts["text_encoder"]
     state_dicts["text_encoder"] = {
         k if k.startswith("text_model.") else f"text_model.{k}": v
         for k, v in text.items()
-        if not k.endswith("position_ids")
+        if not k.endswith("position_ids")  # integers, which the module makes for itself
     }
+    for part, sd in state_dicts.items():
+        _refuse_untrainable(sd, where=f"{path.name}/{FOLDERS[part]}")
+    vae = {_new_vae_name(k): v for k, v in state_dicts["vae"].items()}
+    state_dicts["vae"] = {k: v.reshape(v.shape[:2]) if _is_old_attention(k, v) else v for k, v in vae.items()}
     inside = path / "tokenizer"
     folder = find_tokenizer(tokenizer or (inside if inside.is_dir() else None), allow_download=allow_download)
     return Base(FAMILIES["sd15"], name or path.name, state_dicts, folder)
@@ -105,16 +96,25 @@ def open_weights(
 ) -> Base:
     """Open a base model from tensors under single-file names; they are shared, never written to."""
     family = detect(list(weights), where=where)
-    plain = {k: v.detach() for k, v in weights.items()}
+    plain = {k: _view(v) for k, v in weights.items()}
     state_dicts = family.split(plain)
     for part in state_dicts.values():
         _refuse_untrainable(part, where=where)
     return Base(family, name, state_dicts, tokenizer, known_hash)
 
 
+def _view(weight: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the same storage that training can use: no gradient, not in inference mode."""
+    if not weight.is_inference():
+        return weight.detach()
+    with torch.inference_mode(False):
+        view = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        return view.set_(weight.untyped_storage(), weight.storage_offset(), weight.size(), weight.stride())
+
+
 def hash_weights(weights: Mapping[str, torch.Tensor]) -> str:
     """Return ``Base.weights_hash`` for weights under single-file names."""
-    return _hash(detect(list(weights), where="weights").split({k: v.detach() for k, v in weights.items()}))
+    return _hash(detect(list(weights), where="weights").split({k: _view(v) for k, v in weights.items()}))
 
 
 def find_tokenizer(folder: Path | None, *, allow_download: bool = False) -> str:
@@ -154,7 +154,16 @@ def load_tokenizer(folder: str) -> Any:
     """Load the tokenizer from a folder, or under its hub name from the local cache."""
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise LoraGraftError(
+            "LG-BASE-007",
+            "The tokenizer cannot be read.",
+            where=folder,
+            why=str(error)[:200],
+            fix="name a folder with CLIP's complete vocab.json and merges.txt",
+        ) from error
 
 
 def _hash(state_dicts: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
@@ -189,8 +198,21 @@ def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
         )
     weights: dict[str, torch.Tensor] = {}
     for file in whole:
-        weights.update(load_file(file))
+        weights.update(_read_file(file, where=f"{folder.name}/{file.name}"))
     return weights
+
+
+def _read_file(path: Path, *, where: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise LoraGraftError(
+            "LG-BASE-001",
+            f"The base model '{where}' cannot be read.",
+            where=str(path),
+            why=str(error)[:200],
+            fix="check that the file is a complete .safetensors checkpoint; download or copy it again",
+        ) from None
 
 
 def _refuse_other_formats(path: Path) -> None:

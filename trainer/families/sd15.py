@@ -7,8 +7,8 @@ same code serves a real SD1.5 checkpoint and the tiny embedded base of the same 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -35,6 +35,7 @@ CHUNK = 75
 # kohya's module sets (networks/lora.py): the classes inside which linears and convolutions are trained.
 ATTENTION_CLASSES = ("Transformer2DModel",)
 CONV_CLASSES = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
+Built = TypeVar("Built", bound=nn.Module)
 TEXT_CLASSES = ("CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2", "CLIPMLP")
 
 
@@ -81,9 +82,9 @@ class SD15:
 
         text_sd = dict(state_dicts["text_encoder"])
         with torch.device("meta"):
-            unet = UNet2DConditionModel(**unet_config(state_dicts["denoiser"]))
-            vae = AutoencoderKL(**vae_config(state_dicts["vae"]))
-            text = CLIPTextModel(CLIPTextConfig(**text_config(text_sd)))
+            unet = _built("U-Net", lambda: UNet2DConditionModel(**unet_config(state_dicts["denoiser"])))
+            vae = _built("VAE", lambda: AutoencoderKL(**vae_config(state_dicts["vae"])))
+            text = _built("text encoder", lambda: CLIPTextModel(CLIPTextConfig(**text_config(text_sd))))
         if not hasattr(text, "text_model"):  # transformers 5 dropped the inner module and its prefix
             text_sd = {k.removeprefix("text_model."): v for k, v in text_sd.items()}
         _assign(unet, state_dicts["denoiser"], "U-Net")
@@ -129,6 +130,15 @@ class SD15:
         """Return the conditioning (B, chunks*75+2, D): one start, all chunks' insides, one end token."""
         batch, chunks, length = ids.shape
         text = parts.text_encoder
+        layers = len(_text_body(text).encoder.layers)
+        if clip_skip > layers:
+            raise LoraGraftError(
+                "LG-CFG-008",
+                f"clip_skip is {clip_skip}, but the text encoder has {layers} layers.",
+                where="clip_skip",
+                why="there is no such layer to take the conditioning from.",
+                fix=f"set clip_skip to 1 or 2, at most {layers}",
+            )
         out = text(ids.reshape(batch * chunks, length), output_hidden_states=clip_skip > 1)
         hidden = (
             out.last_hidden_state
@@ -184,7 +194,8 @@ class SD15:
             eps_negative, eps = both.float().chunk(2)
             x = x + (eps_negative + cfg * (eps - eps_negative)) * (sigmas[i + 1] - sigmas[i])
         vae = cast(Any, parts.vae).to(device)
-        pixels = vae.decode((x / SCALING_FACTOR).to(vae.dtype), return_dict=False)[0].float()
+        with torch.autocast(device.type, enabled=False):  # fp16 overflows in SD1.x's VAE
+            pixels = vae.decode((x / SCALING_FACTOR).to(vae.dtype), return_dict=False)[0].float()
         levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
         return [Image.fromarray(image.numpy()) for image in levels.cpu()]
 
@@ -193,7 +204,7 @@ def unet_config(sd: Tensors) -> dict[str, Any]:
     """Read the U-Net's shape from diffusers-named weights."""
     levels = _count(sd, r"down_blocks\.(\d+)\.")
     attended = [f"down_blocks.{i}.attentions.0.norm.weight" in sd for i in range(levels)]
-    cross = next(v for k, v in sd.items() if k.endswith("attn2.to_k.weight"))
+    cross = _first(sd, "attn2.to_k.weight")
     if cross.shape[1] == 1024 or sd["conv_in.weight"].shape[1] != 4:
         kind = "SD2.x" if cross.shape[1] == 1024 else "an inpainting or otherwise extended model"
         raise LoraGraftError(
@@ -213,7 +224,7 @@ def unet_config(sd: Tensors) -> dict[str, Any]:
         "layers_per_block": _count(sd, r"down_blocks\.0\.resnets\.(\d+)\."),
         "cross_attention_dim": cross.shape[1],
         "attention_head_dim": NUM_HEADS,
-        "use_linear_projection": next(v for k, v in sd.items() if k.endswith("proj_in.weight")).ndim == 2,
+        "use_linear_projection": _first(sd, "proj_in.weight").ndim == 2,
         "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attended),
         "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)),
     }
@@ -272,15 +283,45 @@ def _inside(root: nn.Module, classes: tuple[str, ...], part: str) -> Iterator[Ta
 
 
 def _assign(module: nn.Module, sd: Tensors, what: str) -> None:
-    missing, unexpected = module.load_state_dict(dict(sd), strict=False, assign=True)
-    if missing or unexpected:
-        raise LoraGraftError(
-            "LG-BASE-003",
-            f"The {what}'s weights do not fit SD1.x: {len(missing)} missing, {len(unexpected)} unknown.",
-            where=f"missing: {listed(missing, limit=3)}; unknown: {listed(unexpected, limit=3)}",
-            why="a module would keep random weights.",
-            fix="use a complete SD1.x checkpoint (U-Net, VAE and text encoder)",
-        )
+    shapes = {k: v.shape for k, v in module.state_dict().items()}
+    faults = {
+        "missing": [k for k in shapes if k not in sd],
+        "unknown": [k for k in sd if k not in shapes],
+        "of another shape": [k for k, v in sd.items() if k in shapes and v.shape != shapes[k]],
+    }
+    if any(faults.values()):
+        raise _unfit(what, "; ".join(f"{k}: {listed(v, limit=3)}" for k, v in faults.items() if v))
+    module.load_state_dict(dict(sd), assign=True)
+
+
+def _built(what: str, build: Callable[[], Built]) -> Built:
+    """Call ``build``; weights that tell no shape, or an impossible one, raise LG-BASE-003."""
+    try:
+        return build()
+    except LoraGraftError:
+        raise
+    except KeyError as error:
+        raise _unfit(what, f"missing: {error.args[0]}") from error
+    except (IndexError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise _unfit(what, f"shapes that make no {what}: {error}") from error
+
+
+def _unfit(what: str, where: str) -> LoraGraftError:
+    return LoraGraftError(
+        "LG-BASE-003",
+        f"The {what}'s weights are not complete, or not those of SD1.x.",
+        where=where,
+        why="a module would keep random weights.",
+        fix="use a complete SD1.x checkpoint (U-Net, VAE and text encoder)",
+    )
+
+
+def _first(sd: Tensors, ending: str) -> torch.Tensor:
+    """Return the first tensor whose name ends so; KeyError if there is none."""
+    for name, tensor in sd.items():
+        if name.endswith(ending):
+            return tensor
+    raise KeyError(ending)
 
 
 def _count(sd: Tensors, pattern: str) -> int:

@@ -1,0 +1,1 @@
+"""Measurements against other trainers; not shipped."""

@@ -1,0 +1,128 @@
+"""Run one trainer as a process of its own and watch its steps, memory and CPU time from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+VERSIONS = re.compile(rb"bench versions (\{.*\})")
+
+
+@dataclass
+class Run:
+    """What one process showed; lists hold one value a step after warm-up, ``losses`` one for every step.
+
+    ``others`` counts the CPUs that other work on the machine took meanwhile: above a few tenths, trust
+    ``cpu_seconds`` (with one thread) more than ``seconds``.
+    """
+
+    trainer: str
+    variant: str
+    turn: int
+    versions: dict[str, str] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    seconds_to_first_step: float = 0.0
+    peak_mib: float = 0.0
+    steady_mib: float = 0.0
+    others: float = 0.0
+
+    @property
+    def step(self) -> float:
+        """Median seconds a step."""
+        return median(self.seconds)
+
+    @property
+    def cpu_step(self) -> float:
+        """Median CPU seconds a step."""
+        return median(self.cpu_seconds)
+
+
+def measure(
+    run: Run, argv: list[str], pattern: re.Pattern[bytes], *, cwd: Path, warmup: int, threads: int, log: Path
+) -> None:
+    """Run one process to its end and fill in ``run``; raises RuntimeError with the log's end if it fails.
+
+    ``pattern`` finds a step's number, the number of all steps and the loss in what the process prints.
+    """
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+    }
+    started = time.perf_counter()
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, cwd=cwd)
+    times: dict[int, float] = {}
+    cpu: dict[int, float] = {}
+    machine: dict[int, float] = {}
+    losses: dict[int, float] = {}
+    for now, line in _lines(process, log):
+        if found := VERSIONS.search(line):
+            run.versions = json.loads(found[1])
+        if not (found := pattern.search(line)) or int(found[1]) == 0:
+            continue
+        step = int(found[1])
+        if step not in times:
+            times[step], cpu[step], machine[step] = now, cpu_time(process.pid), cpu_time()
+            run.peak_mib, run.steady_mib = memory(process.pid)
+        if found[3]:
+            losses[step] = float(found[3])
+    if process.wait() != 0 or len(times) < warmup + 2:
+        raise RuntimeError(f"{run.trainer} failed, see {log}:\n{log.read_text('utf-8', 'replace')[-3000:]}")
+    counted = [n for n in sorted(times) if n > warmup]
+    first, last = max(1, warmup), counted[-1]
+    run.seconds_to_first_step = times[1] - started
+    run.seconds = [times[n] - times[n - 1] for n in counted]
+    run.cpu_seconds = [cpu[n] - cpu[n - 1] for n in counted]
+    others = (machine[last] - machine[first]) - (cpu[last] - cpu[first])
+    run.others = others / (times[last] - times[first])
+    run.losses = [losses[n] for n in sorted(losses)]
+
+
+def _lines(process: subprocess.Popen[bytes], log: Path) -> Iterator[tuple[float, bytes]]:
+    """Yield each line with the time of its arrival; progress bars end theirs with a carriage return only.
+
+    A bar's newest text has no end yet, so the unfinished line is yielded too, again and again.
+    """
+    assert process.stdout is not None
+    rest = b""
+    with log.open("wb") as copy:
+        while chunk := os.read(process.stdout.fileno(), 65536):
+            now = time.perf_counter()
+            copy.write(chunk)
+            *lines, rest = re.split(rb"[\r\n]", rest + chunk)
+            for line in [*lines, rest]:
+                yield now, line
+
+
+def memory(pid: int) -> tuple[float, float]:
+    """Return a process's peak and present resident memory in MiB (Linux; else 0)."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0, 0.0
+    found = dict(re.findall(r"(VmHWM|VmRSS):\s+(\d+)", text))
+    return int(found.get("VmHWM", 0)) / 1024, int(found.get("VmRSS", 0)) / 1024
+
+
+def cpu_time(pid: int | None = None) -> float:
+    """Return the CPU seconds used so far by one process, or by all of the machine (Linux; else 0)."""
+    try:
+        if pid is None:
+            fields = list(map(int, Path("/proc/stat").read_text().split()[1:8]))
+            ticks = sum(fields) - fields[3] - fields[4]  # all but idle and waiting for a disk
+        else:
+            ticks = sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+        return ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return 0.0

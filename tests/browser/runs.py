@@ -1,0 +1,53 @@
+"""Messages of pretended runs, as Train LoRA sends them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+Message = dict[str, Any]
+
+
+def steps(first: int, last: int, total: int = 400) -> list[Message]:
+    """Return one message per step, with a loss that falls and jitters."""
+    return [
+        {
+            "step": i,
+            "total": total,
+            "epoch": 1 + i // 64,
+            "loss": (0.03 + 0.14 * math.exp(-i / 80)) * (0.5 + 1.1 * abs(math.sin(i * 12.9898))),
+            "lr": 1e-4 * (1 + math.cos(math.pi * i / total)) / 2,
+            "seconds": 0.12,
+        }
+        for i in range(first, last + 1)
+    ]
+
+
+def training(node: str, last: int = 250, **head: Any) -> list[Message]:
+    """Return the messages of a run that is at step ``last`` of 400."""
+    head = {"node": node, **head}
+    lines = [
+        "16 images x 4 repeats = 64 a epoch",
+        "buckets: 64x64 (9), 64x96 (7)",
+        "264 modules, 1.6 M parameters",
+    ]
+    return [
+        {**head, "kind": "plan", "total_steps": 400, "first_step": 1, "lines": lines},
+        {**head, "kind": "cache", "what": "images", "done": 16, "total": 16},
+        {**head, "kind": "step", "steps": steps(1, last)},
+        {**head, "kind": "save", "step": 100, "zero_tensors": 0, "num_tensors": 528},
+        {**head, "kind": "save", "step": 200, "zero_tensors": 0, "num_tensors": 528},
+    ]
+
+
+def done(node: str, **more: Any) -> Message:
+    """Return the message that closes a run."""
+    losses = [[s["step"], s["loss"]] for s in steps(1, 400)]
+    payload = {
+        "file": "blorb.safetensors",
+        "trigger": "blorb",
+        "step": 400,
+        "total_steps": 400,
+        "losses": losses,
+    }
+    return {"node": node, "kind": "done", "saves": [{"step": 400}], "seconds": 48.2, **payload, **more}

@@ -1,0 +1,282 @@
+"""Write the example workflows from what they are about, and read any UI-format workflow as an API prompt.
+
+UI-format workflows keep widget values by position. So they are not written by hand: after a change,
+``LORAGRAFT_WRITE_WORKFLOWS=1 pytest tests/comfyui/test_workflows.py`` writes them anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loragraft.trainer.demo import run as demo_run
+from loragraft.trainer.demo.creatures import HERO_SEED, creature
+from loragraft_tests.comfyui import prompts
+
+Info = dict[str, Any]
+Workflow = dict[str, Any]
+
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+WITHOUT_WIDGETS = ("MarkdownNote", "Note", "Reroute")
+GROUP_COLORS = ("#3f789e", "#8A8", "#a1309b")
+
+# name: (position, size, group)
+DEMO_NAME = "LoraGraft Demo"
+SD15_NAME = "LoraGraft SD1.5"
+
+DEMO_NOTE = """## From images to a LoRA in one graph
+
+Press **Run**. The tiny base model and {images} come with LoraGraft: nothing is downloaded.
+
+1. **Load Image Folder** reads the images and their captions. Put your own folder into ComfyUI's \
+`input` folder and write its name instead of `[demo]`.
+2. **Build Dataset** sorts them into buckets. Its report shows what is cropped before anything is \
+trained.
+3. **Train LoRA** trains and shows the loss. **Cancel keeps the work**; run again to continue. A \
+finished run is returned at once.
+4. **Preview with LoRA** draws the same prompts and seeds without the LoRA and with it.
+
+The trigger word is `{trigger}`. The file goes to `models/loras`, everything else to \
+`output/loragraft`.
+"""
+SD15_NOTE = """## Train a LoRA for Stable Diffusion 1.x
+
+1. Choose an SD1.x checkpoint in **Load Checkpoint** (fp16, bf16 or fp32).
+2. Put 15 to 50 images with caption files (`name.txt` beside `name.png`) into a folder below \
+ComfyUI's `input` folder, named like `10_mycat`: 10 repeats, concept *mycat*. Write the folder's \
+name into **Load Image Folder**.
+3. Change `output_name` and the prompts, and press **Run**.
+
+Cancel keeps the work, and running again continues. In **Preview with LoRA** look for the strength \
+and step at which the subject is right and a prompt without the trigger word is still free of it.
+"""
+
+
+def demo_workflow(info: Info) -> Workflow:
+    """Return the demo workflow: embedded base, embedded images, the settings of the headless demo."""
+    name = creature(HERO_SEED).name
+    train = {
+        **demo_run.TRAINING,
+        "output_name": f"demo_{name}",
+        "sample_prompts": f"{name}, large, blue background",
+    }
+    preview = {
+        "prompts": f"{name}, large, blue background\n{name}, large, yellow background\n"
+        "large red circle, white background",
+        "seeds": "11, 12",
+        "strengths": "0, 0.75, 1",
+        "steps": demo_run.DRAWING.steps,
+        "cfg": demo_run.DRAWING.cfg,
+        "width": demo_run.DRAWING.size[1],
+        "height": demo_run.DRAWING.size[0],
+    }
+    note = DEMO_NOTE.format(images="the sample images", trigger=name)
+    sheet = _Sheet(info, "5f3a7c1e-0d2b-4c57-9e61-7a1f0c2d9b10", note)
+    base = sheet.add("LoraGraftLoadDemoBase", (40, 440), (300, 90))
+    _rest(sheet, base, {"path": "[demo]"}, demo_run.DATASET, train, preview)
+    return sheet.workflow()
+
+
+def sd15_workflow(info: Info) -> Workflow:
+    """Return the workflow for any SD1.x checkpoint, with settings that suit a character."""
+    train = {
+        "output_name": "mycat",
+        "network_dim": 32,
+        "network_alpha": 16.0,
+        "unet_lr": 1e-4,
+        "text_encoder_lr": 5e-5,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 0.05,
+        "max_train_steps": 1600,
+        "min_snr_gamma": 5.0,
+        "save_every_n_steps": 400,
+        "sample_prompts": "photo of mycat on a sofa",
+    }
+    preview = {
+        "prompts": "photo of mycat on a sofa\nphoto of mycat in the snow\nphoto of a dog on a sofa",
+        "negative": "lowres, blurry",
+        "seeds": "1, 2",
+        "strengths": "0, 0.6-1 [3]",
+        "sampler_name": "dpmpp_2m",
+        "scheduler": "karras",
+    }
+    sheet = _Sheet(info, "c0b1d6f2-6a34-49b8-8b7f-2d94e1a70f55", SD15_NOTE)
+    base = sheet.add(
+        "CheckpointLoaderSimple", (40, 440), (300, 110), {"ckpt_name": "v1-5-pruned-emaonly-fp16.safetensors"}
+    )
+    sheet.nodes[-1]["properties"]["models"] = [
+        {
+            "name": "v1-5-pruned-emaonly-fp16.safetensors",
+            "url": "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
+            "directory": "checkpoints",
+        }
+    ]
+    _rest(sheet, base, {"path": "mycat"}, {"shuffle_caption": True, "keep_tokens": 1}, train, preview)
+    return sheet.workflow()
+
+
+def _rest(
+    sheet: _Sheet,
+    base: int,
+    folder: dict[str, Any],
+    build: dict[str, Any],
+    train: dict[str, Any],
+    preview: dict[str, Any],
+) -> None:
+    images = sheet.add("LoraGraftLoadImageFolder", (40, 600), (300, 210), folder)
+    dataset = sheet.add("LoraGraftBuildDataset", (40, 870), (300, 240), build)
+    report = sheet.add("PreviewAny", (40, 1170), (300, 220))
+    training = sheet.add("LoraGraftTrainLoRA", (400, 40), (440, 1350), train)
+    grid = sheet.add("LoraGraftPreviewWithLoRA", (900, 40), (560, 1350), preview)
+    sheet.link(images, 0, dataset, "dataset")
+    sheet.link(dataset, 1, report, "source")
+    for slot, name in enumerate(("model", "clip", "vae")):
+        sheet.link(base, slot, training, name)
+        sheet.link(base, slot, grid, name)
+    sheet.link(dataset, 0, training, "train_set")
+    sheet.link(training, 4, grid, "lora_name")
+    sheet.link(training, 6, grid, "checkpoints")
+    sheet.group("1  Base and images", (20, 390, 340, 1020))
+    sheet.group("2  Train", (380, -10, 480, 1420))
+    sheet.group("3  Test", (880, -10, 600, 1420))
+
+
+class _Sheet:
+    """A workflow that grows; node ids are counted from 1."""
+
+    def __init__(self, info: Info, uuid: str, note: str) -> None:
+        self.info, self.uuid = info, uuid
+        self.nodes: list[dict[str, Any]] = []
+        self.links: list[list[Any]] = []
+        self.groups: list[dict[str, Any]] = []
+        self._append("MarkdownNote", (40, 40), (300, 320), [], [], [note])
+
+    def _append(self, kind: str, pos: Any, size: Any, inputs: Any, outputs: Any, values: list[Any]) -> int:
+        number = len(self.nodes) + 1
+        self.nodes.append(
+            {
+                "id": number,
+                "type": kind,
+                "pos": list(pos),
+                "size": list(size),
+                "flags": {},
+                "order": number - 1,
+                "mode": 0,
+                "inputs": inputs,
+                "outputs": outputs,
+                "properties": {"Node name for S&R": kind},
+                "widgets_values": values,
+            }
+        )
+        return number
+
+    def add(self, kind: str, pos: Any, size: Any, values: dict[str, Any] | None = None) -> int:
+        """Add a node; widgets not named keep their defaults."""
+        given = dict(values or {})
+        inputs, widgets = [], []
+        for name, spec in _inputs(self.info[kind]):
+            if _is_widget(spec):
+                if name in given and _kind(spec) == "FLOAT":
+                    given[name] = float(given[name])
+                widgets.append(given.pop(name, _default(spec)))
+                if _options(spec).get("control_after_generate"):
+                    widgets.append("fixed")
+            else:
+                inputs.append({"name": name, "type": spec[0], "link": None})
+        assert not given, f"{kind} has no widget {sorted(given)}"
+        outputs = [
+            {"name": n, "type": t, "links": []}
+            for n, t in zip(self.info[kind]["output_name"], self.info[kind]["output"], strict=True)
+        ]
+        return self._append(kind, pos, size, inputs, outputs, widgets)
+
+    def link(self, source: int, slot: int, target: int, name: str) -> None:
+        """Link an output to an input, or to a widget."""
+        node, output = self.nodes[target - 1], self.nodes[source - 1]["outputs"][slot]
+        number = len(self.links) + 1
+        if not any(i["name"] == name for i in node["inputs"]):
+            spec = dict(_inputs(self.info[node["type"]]))[name]
+            node["inputs"].append({"name": name, "type": spec[0], "widget": {"name": name}, "link": None})
+        place = next(k for k, i in enumerate(node["inputs"]) if i["name"] == name)
+        node["inputs"][place]["link"] = number
+        output["links"].append(number)
+        self.links.append([number, source, slot, target, place, output["type"]])
+
+    def group(self, title: str, box: tuple[int, int, int, int]) -> None:
+        """Frame a part of the sheet."""
+        number = len(self.groups) + 1
+        self.groups.append(
+            {
+                "id": number,
+                "title": title,
+                "bounding": list(box),
+                "color": GROUP_COLORS[number - 1],
+                "font_size": 24,
+                "flags": {},
+            }
+        )
+
+    def workflow(self) -> Workflow:
+        """Return the workflow in UI format."""
+        return {
+            "id": self.uuid,
+            "revision": 0,
+            "last_node_id": len(self.nodes),
+            "last_link_id": len(self.links),
+            "nodes": self.nodes,
+            "links": self.links,
+            "groups": self.groups,
+            "config": {},
+            "extra": {"ds": {"scale": 0.6, "offset": [60, 80]}},
+            "version": 0.4,
+        }
+
+
+def to_prompt(workflow: Workflow, info: Info) -> prompts.Prompt:
+    """Read a UI-format workflow as the API prompt that the browser would queue."""
+    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    graph: prompts.Prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] in WITHOUT_WIDGETS:
+            continue
+        values = list(node.get("widgets_values", []))
+        linked = {i["name"]: sources[i["link"]] for i in node["inputs"] if i.get("link") is not None}
+        inputs: dict[str, Any] = {}
+        for name, spec in _inputs(info[node["type"]]):
+            if _is_widget(spec):
+                inputs[name] = values.pop(0)
+                if _options(spec).get("control_after_generate"):
+                    assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")
+            if name in linked:
+                inputs[name] = linked[name]
+        assert not values, f"{node['type']} has {len(values)} values too many"
+        graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return graph
+
+
+def _inputs(schema: dict[str, Any]) -> list[tuple[str, Any]]:
+    given = schema["input"]
+    return [(name, spec) for kind in ("required", "optional") for name, spec in given.get(kind, {}).items()]
+
+
+def _options(spec: Any) -> dict[str, Any]:
+    return spec[1] if len(spec) > 1 else {}
+
+
+def _kind(spec: Any) -> str:
+    return "COMBO" if isinstance(spec[0], list) else str(spec[0])
+
+
+def _is_widget(spec: Any) -> bool:
+    return _kind(spec) in WIDGETS and not _options(spec).get("forceInput")
+
+
+def _default(spec: Any) -> Any:
+    options = _options(spec)
+    choices = spec[0] if isinstance(spec[0], list) else options.get("options")
+    if "default" in options:
+        return options["default"]
+    return (
+        choices[0]
+        if choices
+        else {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False, "COMBO": ""}[_kind(spec)]
+    )

@@ -1,0 +1,74 @@
+"""Nodes for the full-size test: what ComfyUI adds to each weight for a LoRA, and how much memory it holds."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+from pathlib import Path
+
+import comfy.lora
+import torch
+from safetensors.torch import load_file
+
+
+class ProbeDelta:
+    """Compare every weight change as ComfyUI computes it with alpha/rank * up @ down of a LoRA file."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = "probe", "look", True, ()
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        text = ("STRING", {"default": ""})
+        return {"required": {"model": ("MODEL",), "clip": ("CLIP",), "lora": text, "names": text}}
+
+    def look(self, model, clip, lora, names):
+        wanted = json.loads(Path(names).read_text("utf-8"))  # ComfyUI's weight -> the LoRA file's module
+        file = load_file(lora)
+        patches = {**model.patches, **clip.patcher.patches}
+        weights = {**model.model.state_dict(), **clip.patcher.model.state_dict()}
+        worst, largest = ("", 0.0), 0.0
+        for key, module in wanted.items():
+            if key not in patches:
+                continue
+            zero = torch.zeros(weights[key].shape)
+            theirs = comfy.lora.calculate_weight(patches[key], zero, key).double()
+            up, down = (file[f"{module}.lora_{part}.weight"].double().flatten(1) for part in ("up", "down"))
+            ours = (file[f"{module}.alpha"].double() / down.shape[0] * (up @ down)).reshape(theirs.shape)
+            error = float((theirs - ours).norm() / ours.norm())
+            largest = max(largest, float(ours.abs().max()))
+            worst = max(worst, (key, error), key=lambda pair: pair[1])
+        report = {
+            "patched": len(patches),
+            "missing": sorted(set(wanted) - set(patches)),
+            "unknown": sorted(set(patches) - set(wanted)),
+            "worst": worst,
+            "largest": largest,
+        }
+        return {"ui": {"text": [json.dumps(report)]}}
+
+
+class ProbeResident:
+    """Report the process's memory in MiB after a collection (Linux; else 0)."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = "probe", "look", True, ()
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"tag": ("STRING", {"default": ""})}, "optional": {"after": ("*",)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def look(self, tag, after=None):
+        gc.collect()
+        status = Path("/proc/self/status")
+        text = status.read_text() if status.exists() else ""
+        found = {k: int(v) / 1024 for k, v in re.findall(r"(VmRSS|VmHWM):\s+(\d+)", text)}
+        return {
+            "ui": {"text": [json.dumps({"now": found.get("VmRSS", 0.0), "peak": found.get("VmHWM", 0.0)})]}
+        }
+
+
+NODE_CLASS_MAPPINGS = {"ProbeDelta": ProbeDelta, "ProbeResident": ProbeResident}
