@@ -11,7 +11,7 @@ from PIL import Image
 
 from .adapters.files import read_tensors
 from .adapters.lora import attach, remove, set_strength
-from .engine.precision import place, resolve
+from .engine.precision import pick_device, place, resolve
 from .families.opening import Base
 
 
@@ -50,8 +50,7 @@ def draw(
     device: torch.device | str | None = None,
 ) -> Iterator[Drawn]:
     """Yield an image for every file, strength, prompt and seed, in this order."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    precision = resolve(settings.mixed_precision, device)
+    precision = resolve(settings.mixed_precision, pick_device(device))
     parts = base.load()
     place(parts, precision)
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]

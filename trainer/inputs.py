@@ -129,9 +129,11 @@ class Inputs:
     @torch.no_grad()
     def _encode_image(self, index: int) -> Moments:
         """Encode one image's moments (1, C, h, w) on the CPU; raises LG-RUN-005 if they are not finite."""
-        record, bucket = self.train_set.records[index], self.train_set.buckets[index]
+        data = self.train_set
+        record = data.records[index]
         self.parts.vae.to(self.precision.device)
-        pixels = load_pixels(record, bucket).unsqueeze(0).to(self.precision.device)
+        pixels = load_pixels(record, data.buckets[index], data.resized[index]).unsqueeze(0)
+        pixels = pixels.to(self.precision.device)
         moments = {k: v.cpu() for k, v in self.base.family.encode_images(self.parts, pixels).items()}
         if not all(bool(torch.isfinite(v).all()) for v in moments.values()):
             raise LoraGraftError(
@@ -148,6 +150,7 @@ class Inputs:
             kind="latents",
             image=self.train_set.records[index].content_hash,
             bucket=list(self.train_set.buckets[index]),
+            resized=list(self.train_set.resized[index]),
             vae=self.base.part_hash("vae"),
             family=self.base.family.name,
             device=self.precision.device.type,

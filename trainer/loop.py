@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,18 +19,19 @@ from torch import nn
 
 from . import metadata
 from .adapters.files import as_saved, count_zero
-from .checkpoint import Checkpoint, RunFolder
+from .checkpoint import Checkpoint, RunFolder, disk_refusal
 from .config import TrainConfig, resolution_wh
 from .data.batches import Batch
 from .data.train_set import TrainSet
-from .engine.precision import resolve
-from .errors import LoraGraftError, listed
+from .engine.precision import Precision, pick_device, resolve
+from .errors import LoraGraftError, listed, one_line
 from .events import Event, Finished, Note, Planned, Sampled, Saved, Step
 from .families.opening import Base
 from .objective import diffusion_loss, min_snr_weight
-from .optim import depends_on_total, lr_factor, set_learning_rates
+from .optim import depends_on_total, lr_factor, optimizer_name, set_learning_rates
+from .paths import safe_name
 from .plan import Plan, average_loss, plan_run, step_losses
-from .publish import finished_file, publish, published_name
+from .publish import publish, published_name
 from .run import Run, open_run, planned_lines, restore, training_state
 from .runlog import RunLog, write_settings
 
@@ -73,14 +74,12 @@ def train_step(run: Run) -> StepResult:
         loss = diffusion_loss(pred, fed.noise, weight)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise _not_finite(run, "loss", batch)
+            raise _not_finite(run, "loss", [batch])
         run.scaler.scale(loss / len(batches)).backward()
     run.scaler.unscale_(run.optimizer)
     grad_norm = float(nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm or math.inf))
-    if (
-        not math.isfinite(grad_norm) and not run.scaler.is_enabled()
-    ):  # a loss scaler skips such a step by itself
-        raise _not_finite(run, "gradient", batches[-1])
+    if not math.isfinite(grad_norm) and not run.scaler.is_enabled():  # a loss scaler skips such a step
+        raise _not_finite(run, "gradient", batches)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -104,32 +103,45 @@ def train(
     Continues by itself from the newest checkpoint of the same run, and returns a finished run's file at
     once. ``workflow`` is ComfyUI's workflow JSON to keep in the file; ``fresh`` sets an earlier run aside.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    precision = resolve(config.mixed_precision, device)
+    precision = resolve(config.mixed_precision, pick_device(device))
     plan = plan_run(train_set, config)
     fixed_total = plan.total_steps if depends_on_total(config) else None
     run_id = metadata.run_hash(base, train_set, config, fixed_total, precision.name)
-    name = published_name(places.loras, config, run_id)
+    words = metadata.trigger_words(train_set, config)
+    folder = RunFolder(places.runs / f"{safe_name(config.output_name, what='output_name')}-{run_id[:8]}")
     kept = workflow if config.embed_workflow else None
-    folder = RunFolder(places.runs / f"{config.output_name}-{run_id[:8]}")
-    folder.open()
+    metadata.with_workflow({}, kept)  # what cannot be kept at the end is refused at the start
+    published_name(places.loras, config, run_id, words, folder.preview)
+
+    def product(last: Checkpoint, losses: Sequence[float], *, reused: bool) -> Finished:
+        name = published_name(places.loras, config, run_id, words, folder.preview)
+        texts = describe(base, train_set, config, plan, run_id, precision, last.step)
+        file = publish(
+            places.loras, name, last, texts, words, kept, folder.preview, unless_there=reused
+        )
+        files = tuple(c.lora_file for c in folder.checkpoints() if c.step <= last.step)
+        return Finished(file, folder.path, last.step, words, tuple(losses), reused, files)
+
     try:
+        folder.open()
         if fresh:
             folder.set_aside()
-        newest = _newest(folder, plan.total_steps)
-        words = metadata.trigger_words(train_set, config)
-        if newest is not None and newest.step == plan.total_steps:
-            file = finished_file(places.loras, name, newest, config, words, kept)
-            yield _finished(file, folder, newest, plan, words, reused=True)
+        found = folder.checkpoints()
+        last = next((c for c in found if c.step == plan.total_steps), None)
+        source = next((c for c in reversed(found) if c.resumable and c.step >= plan.total_steps), None)
+        if last is not None and source is not None:
+            yield product(last, step_losses(source.losses(), plan)[: last.step], reused=True)
             return
+        newest = next((c for c in reversed(found) if c.resumable and c.step < plan.total_steps), None)
         run = open_run(base, train_set, config, folder, run_id, plan, precision, places.cache)
         if newest is not None:
             restore(run, newest)
         yield from _train(run, newest)
-        last = run.folder.checkpoints()[-1]
-        preview = yield from _preview_image(run)
-        file = publish(places.loras, name, last, words, kept, preview)
-        yield _finished(file, folder, last, plan, words, reused=False)
+        yield from _preview_image(run)
+        last = next(c for c in folder.checkpoints() if c.step == run.step)
+        yield product(last, step_losses(run.micro_losses, plan), reused=False)
+    except OSError as error:
+        raise disk_refusal(error, folder.path) from error
     finally:
         folder.close()
 
@@ -153,11 +165,13 @@ def _train(run: Run, resumed: Checkpoint | None) -> Generator[Event, None, None]
         yield from run.inputs.prepare()
         for note in run.inputs.cache.notes:
             yield Note(note)
-        saved_step = run.step if resumed else -1
+        saved_step = run.step
+        steady = True  # between steps and saves: the run is what its last finished step left
         try:
             while run.step < plan.total_steps:
-                started = time.perf_counter()
+                started, steady = time.perf_counter(), False
                 result = train_step(run)
+                steady = True
                 event = _step_event(run, result, time.perf_counter() - started)
                 log.step(event)
                 yield event
@@ -165,8 +179,9 @@ def _train(run: Run, resumed: Checkpoint | None) -> Generator[Event, None, None]
                     _is_due(run, config.save_every_n_steps, config.save_every_n_epochs)
                     or run.step == plan.total_steps
                 ):
+                    steady = False
                     saved = save(run)
-                    saved_step = run.step
+                    saved_step, steady = run.step, True
                     log.lines(
                         [f"step {run.step}: saved, {saved.zero_tensors} of {saved.num_tensors} tensors zero"]
                     )
@@ -175,8 +190,8 @@ def _train(run: Run, resumed: Checkpoint | None) -> Generator[Event, None, None]
                         yield from _samples(run)
                 if config.sample_every_n_steps and run.step % config.sample_every_n_steps == 0:
                     yield from _samples(run)
-        except GeneratorExit:
-            if run.step > max(saved_step, 0):
+        except BaseException:  # closed, or an exception thrown in by a host that interrupts
+            if steady and run.step > saved_step:
                 save(run)
                 log.lines([f"step {run.step}: stopped and saved; queue again to continue"])
             raise
@@ -184,21 +199,8 @@ def _train(run: Run, resumed: Checkpoint | None) -> Generator[Event, None, None]
 
 def save(run: Run) -> Saved:
     """Write and verify a checkpoint of the run as it is."""
-    config = run.config
-    lora_tensors = as_saved(run.adapter.state_dict(), config.save_precision)
-    texts = metadata.build(
-        run.base,
-        run.train_set,
-        config,
-        run=run.run_id,
-        precision=run.precision.name,
-        step=run.step,
-        epoch=math.ceil(run.step / run.plan.steps_per_epoch),
-        total_steps=run.plan.total_steps,
-        num_epochs=run.plan.num_epochs,
-        batches_per_epoch=run.plan.batches_per_epoch,
-        optimizer=f"{type(run.optimizer).__module__}.{type(run.optimizer).__name__}",
-    )
+    lora_tensors = as_saved(run.adapter.state_dict(), run.config.save_precision)
+    texts = describe(run.base, run.train_set, run.config, run.plan, run.run_id, run.precision, run.step)
     info = {
         "step": run.step,
         "run": run.run_id,
@@ -214,6 +216,31 @@ def save(run: Run) -> Saved:
     return Saved(run.step, checkpoint.folder, checkpoint.lora_file, len(lora_tensors), zero)
 
 
+def describe(
+    base: Base,
+    train_set: TrainSet,
+    config: TrainConfig,
+    plan: Plan,
+    run_id: str,
+    precision: Precision,
+    step: int,
+) -> dict[str, str]:
+    """Return the metadata of the run's LoRA at ``step``, all but what depends on its tensors."""
+    return metadata.build(
+        base,
+        train_set,
+        config,
+        run=run_id,
+        precision=precision.name,
+        step=step,
+        epoch=math.ceil(step / plan.steps_per_epoch),
+        total_steps=plan.total_steps,
+        num_epochs=plan.num_epochs,
+        batches_per_epoch=plan.batches_per_epoch,
+        optimizer=optimizer_name(config),
+    )
+
+
 def _step_event(run: Run, result: StepResult, seconds: float) -> Step:
     names = {id(p): part for part in ("text_encoder", "denoiser") for p in run.adapter.parameters(part)}
     rates = {names[id(g["params"][0])]: float(g["lr"]) for g in run.optimizer.param_groups}
@@ -227,53 +254,42 @@ def _is_due(run: Run, every_steps: int | None, every_epochs: int | None) -> bool
     return by_step or (every_epochs is not None and run.step % (every_epochs * run.plan.steps_per_epoch) == 0)
 
 
-def _samples(run: Run) -> Iterator[Sampled]:
+def _samples(run: Run) -> Iterator[Sampled | Note]:
     for number, prompt in enumerate(run.config.sample_prompts):
         yield _sample(run, prompt, run.folder.path / "samples" / f"step-{run.step:06d}-{number:02d}.png")
 
 
-def _sample(run: Run, prompt: str, path: Path) -> Sampled:
+def _sample(run: Run, prompt: str, path: Path) -> Sampled | Note:
+    """Draw one image; one that cannot be drawn (memory) is no reason to end a run."""
     width, height = resolution_wh(run.train_set.config)
     config = run.config
-    with run.precision.autocast():
-        (image,) = run.base.family.sample(
-            run.parts,
-            [prompt],
-            negative="",
-            seeds=[config.seed],
-            size=(height, width),
-            steps=config.sample_steps,
-            cfg=config.sample_cfg,
-            clip_skip=config.clip_skip,
-        )
+    try:
+        with run.precision.autocast():
+            (image,) = run.base.family.sample(
+                run.parts,
+                [prompt],
+                negative="",
+                seeds=[config.seed],
+                size=(height, width),
+                steps=config.sample_steps,
+                cfg=config.sample_cfg,
+                clip_skip=config.clip_skip,
+            )
+    except (RuntimeError, MemoryError) as error:
+        return Note(f"The sample of step {run.step} could not be drawn: {one_line(str(error), 300)}")
     path.parent.mkdir(exist_ok=True)
     image.save(path)
     return Sampled(run.step, prompt, config.seed, image, path)
 
 
-def _preview_image(run: Run) -> Generator[Event, None, Path | None]:
-    if not run.config.preview_image:
-        return None
-    prompt = run.config.sample_prompts[0] if run.config.sample_prompts else run.train_set.records[0].caption
-    sampled = _sample(run, prompt, run.folder.path / "samples" / "preview.png")
-    yield sampled
-    return sampled.path
+def _preview_image(run: Run) -> Iterator[Sampled | Note]:
+    if run.config.preview_image:
+        prompts = run.config.sample_prompts or (run.train_set.records[0].caption,)
+        yield _sample(run, prompts[0], run.folder.preview)
 
 
-def _finished(
-    file: Path, folder: RunFolder, last: Checkpoint, plan: Plan, words: str, *, reused: bool
-) -> Finished:
-    losses = tuple(step_losses(last.losses(), plan))
-    files = tuple(c.lora_file for c in folder.checkpoints() if c.step <= last.step)
-    return Finished(file, folder.path, last.step, words, losses, reused, files)
-
-
-def _newest(folder: RunFolder, total_steps: int) -> Checkpoint | None:
-    usable = [c for c in folder.checkpoints() if c.resumable and c.step <= total_steps]
-    return usable[-1] if usable else None
-
-
-def _not_finite(run: Run, what: str, batch: Batch) -> LoraGraftError:
+def _not_finite(run: Run, what: str, batches: Sequence[Batch]) -> LoraGraftError:
+    indices = sorted({i for batch in batches for i in batch.indices})
     good = run.folder.checkpoints()
     kept = (
         f"the checkpoint of step {good[-1].step} is intact ({good[-1].folder})"
@@ -283,7 +299,7 @@ def _not_finite(run: Run, what: str, batch: Batch) -> LoraGraftError:
     return LoraGraftError(
         "LG-RUN-004",
         f"The {what} became NaN or infinite at step {run.step + 1}.",
-        where="images: " + listed(run.train_set.records[i].name for i in batch.indices),
+        where="images: " + listed(run.train_set.records[i].name for i in indices),
         why=f"the learning rate {run.config.learning_rate:g} is too high, {run.precision.name} too coarse, "
         f"or an image broken; {kept}.",
         fix="lower the learning rate, or set mixed_precision to bf16 or fp32, or remove the named images",

@@ -74,6 +74,12 @@ def depends_on_total(config: TrainConfig) -> bool:
     return share or SCHEDULES[config.lr_scheduler] is not _constant
 
 
+def optimizer_name(config: TrainConfig) -> str:
+    """Return the optimizer's dotted name, as a LoRA's metadata gives it."""
+    cls = OPTIMIZERS[config.optimizer_type]
+    return f"{cls.__module__}.{cls.__name__}"
+
+
 def build_optimizer(
     config: TrainConfig, groups: Sequence[tuple[list[nn.Parameter], float]]
 ) -> torch.optim.Optimizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -55,7 +56,8 @@ class RunLog:
 
     def step(self, event: Step) -> None:
         """Record one step."""
-        self._jsonl.write(json.dumps(dataclasses.asdict(event)) + "\n")
+        finite = {k: None if _is_infinite(v) else v for k, v in dataclasses.asdict(event).items()}
+        self._jsonl.write(json.dumps(finite) + "\n")
         self._jsonl.flush()
         self.lines(
             [f"step {event.step}/{event.total_steps} loss {event.loss:.5f} avr_loss {event.avr_loss:.5f}"]
@@ -78,6 +80,11 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     except ImportError:  # optional: the JSON log holds the same figures
         return None
     return SummaryWriter(str(folder), purge_step=first_step + 1)
+
+
+def _is_infinite(value: Any) -> bool:
+    """Say whether JSON has no number for it: the gradient of a step that the loss scaler skipped."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _step_of(line: str) -> float:

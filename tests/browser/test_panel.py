@@ -49,7 +49,7 @@ def test_the_pointer_reads_out_a_step(open_comfy: Open) -> None:
         page.wait("points(a[0]) === 250", node)
         page.raw.locator(".loragraft-plot").hover()
         page.wait("part(a[0], 'key-step')?.startsWith('Step ')", node)
-        page.raw.get_by_role("button", name="Log").click()
+        page.raw.get_by_role("button", name="Log", exact=True).click()
         page.raw.get_by_role("button", name="Report").click()
         page.raw.get_by_text("264 modules").wait_for()
         page.shoot("panel-report")

@@ -83,10 +83,11 @@ def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
     assert torch.equal(pixels[0], torch.from_numpy((values >> 8).astype(np.float32)) / 255 * 2 - 1)
 
 
-def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pixels_of_unknown_range_are_refused(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "x.tif"
-    Image.new("F", (8, 8), 0.5).save(path)
-    with pytest.raises(UnreadableImageError, match="pixel format F"):
+    Image.new(mode, (8, 8), 1).save(path)
+    with pytest.raises(UnreadableImageError, match="8-bit PNG"):
         inspect(path)
 
 
@@ -142,6 +143,7 @@ def test_exif_orientation_is_applied_once(tmp_path: Path, format: str, orientati
         assert torch.equal(pixels_of(path, (size[1], size[0])), as_tensor(upright))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     picture((64, 32)).save(path, exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff\x00\x01")

@@ -25,7 +25,7 @@ PALETTE: dict[str, Color] = {
 COLORS = tuple(PALETTE)
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
 TEXTURES = ("plain", "striped", "dotted")
-SIZES = {"small": 0.44, "large": 0.70}
+SIZES = {"small": 0.54, "large": 0.76}
 ROWS = ("top", "", "bottom")
 COLS = ("left", "", "right")
 SIZES_PX = ((64, 64), (48, 80), (80, 48), (56, 72), (72, 56))
@@ -131,7 +131,7 @@ def fill_shape(
         draw.ellipse((x0 + 0.27 * w, y0 + 0.27 * h, x1 - 0.27 * w, y1 - 0.27 * h), fill=0)
     elif shape == "star":
         angles = [math.pi * (k / 5 - 0.5) for k in range(10)]
-        radii = [1.0 if k % 2 == 0 else 0.42 for k in range(10)]
+        radii = [1.0 if k % 2 == 0 else 0.36 for k in range(10)]
         points = [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
         left, right = min(p[0] for p in points), max(p[0] for p in points)
         top, bottom = min(p[1] for p in points), max(p[1] for p in points)

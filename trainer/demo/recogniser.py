@@ -14,7 +14,7 @@ from .draw import COLORS, PALETTE, SHAPES, SIZES, Scene, draw_scene
 
 GRID = 24
 # Fixed on drawn images and their VAE reconstructions, before any LoRA was trained.
-THRESHOLD = 0.80
+THRESHOLD = 0.70
 _CONTRAST = 45.0
 _SCALES = (0.92, 1.0, 1.09)
 _SHIFTS = (-0.06, 0.0, 0.06)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..errors import LoraGraftError
+from ..errors import LoraGraftError, one_line
 from ..parts import Parts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,6 +36,23 @@ class Precision:
     def scaler(self) -> torch.amp.GradScaler:
         """Return the loss scaler: fp16 gradients underflow without one; the others pass through."""
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+
+
+def pick_device(wished: torch.device | str | None) -> torch.device:
+    """Return the wished device, else the GPU if there is one, else the CPU; raises LG-RUN-006."""
+    name = str(wished or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LoraGraftError(
+            "LG-RUN-006",
+            f"The device '{one_line(name, 40)}' cannot be used.",
+            where="device",
+            why=one_line(str(error), 200),
+            fix="use cpu, or cuda (cuda:1, ...) with a GPU and torch's CUDA build",
+        ) from error
+    return device
 
 
 def resolve(setting: str, device: torch.device) -> Precision:
