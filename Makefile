@@ -13,7 +13,7 @@ TORCH_ARGS ?= $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 COMFYUI_PATH ?= $(if $(wildcard ../../comfy/sd.py),../..)
 # The interpreter that runs it; without one, ComfyUI's requirements get an environment beside ours.
 COMFYUI_PYTHON ?=
-HOST := $(if $(COMFYUI_PATH),$(VENV)/.browser-ready $(if $(COMFYUI_PYTHON),,$(VENV)/.host-ready))
+HOST := $(if $(COMFYUI_PATH),$(if $(COMFYUI_PYTHON),,$(VENV)/.host-ready))
 ifneq ($(COMFYUI_PATH),)
 ifeq ($(COMFYUI_PYTHON),)
 COMFYUI_PYTHON := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/host/bin/python
@@ -44,10 +44,6 @@ $(VENV)/.torch:
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml requirements.txt
 	$(PIP) install --quiet $(TORCH) -e ".[dev]"
 	@mkdir -p "$(VENV)/typing" && ln -sfn "$(CURDIR)" "$(VENV)/typing/loragraft"
-	@touch "$@"
-
-$(VENV)/.browser-ready: $(VENV)/.ready
-	$(PIP) install --quiet -e ".[browser]"
 	@touch "$@"
 
 # ComfyUI's requirements in an environment that lies over ours and takes torch from it: PyPI's
@@ -88,8 +84,8 @@ fmt: $(VENV)/.ready  ## format, and fix what ruff can fix
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
-screenshots: $(VENV)/.ready $(HOST)  ## draw the README's pictures and the thumbnails anew (ComfyUI, Chromium)
-	$(PY) tests/browser/screenshots.py
+screenshots: $(VENV)/.ready $(HOST)  ## the browser tests' screenshots, into output/screenshots
+	LORAGRAFT_SCREENSHOTS="$(CURDIR)/output/screenshots" $(PYTEST) --require-comfyui -m browser
 
 package: $(VENV)/.ready  ## build the registry's zip into dist/ and scan it
 	$(PY) .ci/package.py

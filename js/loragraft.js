@@ -130,22 +130,19 @@ function addPanel(node) {
 }
 
 /**
- * Nodes 2.0 folds widgets that are marked as advanced away; the classic renderer shows them all, and a
- * node of forty widgets fills the screen. So there they are hidden too, until node.showAdvanced.
+ * Nodes 2.0 folds widgets that are marked as advanced away. The classic renderer shows them all, and both
+ * make a node high enough for all, which fills the screen here. So they are hidden until node.showAdvanced.
  */
 function foldAdvanced(node) {
-  let measuring = false;
   const folded = (widget) => {
-    const linked = node.inputs?.some((input) => input.widget?.name === widget.name && input.link != null);
-    return measuring || (!globalThis.LiteGraph?.vueNodesMode && !node.showAdvanced && !linked);
+    if (node.showAdvanced || app.extensionManager?.setting?.get("Comfy.Node.AlwaysShowAdvancedWidgets")) return false;
+    return !node.inputs?.some((input) => input.widget?.name === widget.name && input.link != null);
   };
   for (const widget of node.widgets ?? []) {
     if (!widget.options?.advanced) continue;
     Object.defineProperty(widget, "hidden", { configurable: true, get: () => folded(widget), set: () => {} });
   }
-  measuring = true;
   node.setSize([node.size[0], node.computeSize()[1]]); // a new node's; a loaded one gets its saved size after this
-  measuring = false;
 }
 
 function toggleMore(node) {

@@ -82,7 +82,7 @@ def missing(kind: str) -> str | None:
             return reason
     if kind == "browser":
         if importlib.util.find_spec("playwright") is None:
-            return "no playwright: pip install playwright"
+            return "no playwright: pip install -e .[dev]"
         if chromium_path() is None:
             return "no Chromium: install chromium, or set CHROMIUM_PATH"
     if kind == "gpu":

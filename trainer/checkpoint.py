@@ -29,16 +29,18 @@ LORA = "lora.safetensors"
 STATE = "train_state.safetensors"
 INFO = "state.json"
 MANIFEST = "manifest.json"
+MARK = ".tmp-"  # in the name of what is being written
 KEEP_STATES = 2
 SPARE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint; ``resumable`` is False where only the LoRA was kept."""
+    """A verified checkpoint of the run ``run``; ``resumable`` is False where only the LoRA was kept."""
 
     step: int
     folder: Path
+    run: str
     resumable: bool
 
     @property
@@ -67,11 +69,19 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = FileLock(path / "run.lock")
+        self._checkpoints = path / "ckpt"
+        # Not bound to a thread: a host may close a run from another one than it started in.
+        self._lock = FileLock(path / "run.lock", thread_local=False)
+
+    @property
+    def preview(self) -> Path:
+        """The image that is drawn at the end of the run."""
+        return self.path / "samples" / "preview.png"
 
     def open(self) -> None:
         """Create and lock the folder and sweep what a crash left; raises LG-RUN-003 if it is held."""
-        _refuse_full_disk(lambda: (self.path / "ckpt").mkdir(parents=True, exist_ok=True), self.path, 0)
+        _check_space(self.path, 0)
+        self._checkpoints.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -82,8 +92,7 @@ class RunFolder:
                 why="two processes would write the same checkpoints.",
                 fix="wait for it to end or stop it, or give this run another output_name or seed",
             ) from None
-        for leftover in (self.path / "ckpt").glob("*.tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._sweep()
 
     def close(self) -> None:
         """Release the lock."""
@@ -93,13 +102,13 @@ class RunFolder:
         """Rename the checkpoints so far to ckpt-old, replacing an older one: the run starts anew."""
         old = self.path / "ckpt-old"
         shutil.rmtree(old, ignore_errors=True)
-        replace(self.path / "ckpt", old)
-        (self.path / "ckpt").mkdir()
+        replace(self._checkpoints, old)
+        self._checkpoints.mkdir()
 
     def checkpoints(self) -> list[Checkpoint]:
         """List the checkpoints that verify, oldest first."""
-        found = (verified(folder) for folder in sorted((self.path / "ckpt").glob("step-*[0-9]")))
-        return [c for c in found if c is not None]
+        found = (verified(folder) for folder in self._folders())
+        return sorted((c for c in found if c is not None), key=lambda c: c.step)
 
     def save(
         self,
@@ -111,14 +120,22 @@ class RunFolder:
     ) -> Checkpoint:
         """Write and verify the checkpoint of ``step``; a complete one already there is kept.
 
-        Raises LG-SAVE-001 when the disk is full and LG-SAVE-002 when what was written does not read back.
+        What fails once is tried again. Raises LG-SAVE-001 when the disk is full, LG-SAVE-007 when it
+        cannot be written to, and LG-SAVE-002 when what was written does not read back.
         """
-        target = self.path / "ckpt" / f"step-{step:06d}"
+        target = self._checkpoints / f"step-{step:06d}"
         existing = verified(target)
         if existing is not None and existing.resumable:
             return existing
         needed = sum(t.numel() * t.element_size() for t in (*lora.values(), *state.values()))
-        _refuse_full_disk(lambda: self._write(target, lora, metadata, state, info), self.path, needed)
+        _check_space(self.path, needed)
+        try:
+            try:
+                self._write(target, lora, metadata, state, info)
+            except OSError:  # a network drive or a virus scanner may have been in the way for a moment
+                self._write(target, lora, metadata, state, info)
+        except OSError as error:
+            raise disk_refusal(error, self.path, needed) from error
         saved = verified(target)
         if saved is None:
             raise LoraGraftError(
@@ -128,7 +145,8 @@ class RunFolder:
                 why="the disk or its connection changed the data.",
                 fix="check the disk; queueing again continues from the newest earlier checkpoint",
             )
-        self._drop_old_states()
+        with contextlib.suppress(OSError):  # the save is done; what could not be dropped is next time
+            self._drop_old_states()
         return saved
 
     def _write(
@@ -140,24 +158,50 @@ class RunFolder:
         info: Mapping[str, Any],
     ) -> None:
         temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+        old = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
         try:
             temporary.mkdir(parents=True)
             write_safetensors(temporary / LORA, lora, metadata)
             write_safetensors(temporary / STATE, state)
             write_text(temporary / INFO, json.dumps(info, sort_keys=True, indent=1))
             _write_manifest(temporary, [LORA, STATE, INFO])
-            if target.exists():  # broken or without a training state: the new one replaces it
-                shutil.rmtree(target)
+            if target.exists():  # broken, or without a training state; kept until the new one is in place
+                replace(target, old)
             replace(temporary, target)
             sync_folder(target.parent)
-        except BaseException:
+        except Exception:
+            if old.exists() and not target.exists():
+                replace(old, target)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        return [f for f in self._checkpoints.glob("step-*") if MARK not in f.name]
+
+    def _sweep(self) -> None:
+        """Put checkpoints in place that a crash left complete under a temporary name; remove the rest."""
+        left = [(f, verified(f)) for f in self._checkpoints.glob(f"step-*{MARK}*")]
+        for folder, found in sorted(
+            left, key=lambda item: item[1] is not None and item[1].resumable, reverse=True
+        ):
+            target = folder.with_name(folder.name.split(MARK)[0])
+            if found is not None and verified(target) is None:
+                shutil.rmtree(target, ignore_errors=True)
+                replace(folder, target)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        for file in self.path.rglob(f"*{MARK}*"):
+            with contextlib.suppress(OSError):
+                file.unlink()
 
     def _drop_old_states(self) -> None:
-        resumable = [c for c in self.checkpoints() if c.resumable]
+        """Keep the newest training states; of older checkpoints the LoRA stays."""
+        found = [c for f in self._folders() if (f / STATE).exists() and (c := verified(f)) is not None]
+        resumable = sorted((c for c in found if c.resumable), key=lambda c: c.step)
         for checkpoint in resumable[:-KEEP_STATES]:
             _write_manifest(checkpoint.folder, [LORA, INFO])
+        for checkpoint in [c for c in found if c not in resumable[-KEEP_STATES:]]:
             (checkpoint.folder / STATE).unlink()
 
 
@@ -172,8 +216,10 @@ def verified(folder: Path) -> Checkpoint | None:
             file = folder / name
             if file.stat().st_size != entry["size"] or _sha256(file) != entry["sha256"]:
                 return None
-        return Checkpoint(int(folder.name.removeprefix("step-")), folder, STATE in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        step = int(folder.name.split(MARK)[0].removeprefix("step-"))
+        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+        return Checkpoint(step, folder, str(info["run"]), STATE in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # not a checkpoint: the caller looks at the next one
 
 
@@ -190,17 +236,23 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _refuse_full_disk(write: Any, folder: Path, needed: int) -> None:
-    """Call ``write``; a full disk, known beforehand or met on the way, becomes LG-SAVE-001."""
+def disk_refusal(error: OSError, place: Path, needed: int = 0) -> LoraGraftError:
+    """Return what to tell the user of a file that could not be read or written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _disk_full(place, needed, _free_bytes(place) or 0)
+    return LoraGraftError(
+        "LG-SAVE-007",
+        "A file of the run cannot be written or read.",
+        where=str(error.filename or place),
+        why=f"{error.strerror or error}.",
+        fix="allow writing there and check the disk; queueing again continues from the newest checkpoint",
+    )
+
+
+def _check_space(folder: Path, needed: int) -> None:
     free = _free_bytes(folder)
     if free is not None and free < needed + SPARE_BYTES:
         raise _disk_full(folder, needed, free)
-    try:
-        write()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise _disk_full(folder, needed, _free_bytes(folder) or 0) from error
 
 
 def _free_bytes(folder: Path) -> int | None:

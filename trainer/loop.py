@@ -32,7 +32,7 @@ from .optim import depends_on_total, lr_factor, optimizer_name, set_learning_rat
 from .paths import safe_name
 from .plan import Plan, average_loss, plan_run, step_losses
 from .publish import publish, published_name
-from .run import Run, open_run, planned_lines, restore, training_state
+from .run import Run, open_run, planned_lines, restore, training_state, unfit
 from .runlog import RunLog, write_settings
 
 
@@ -116,9 +116,7 @@ def train(
     def product(last: Checkpoint, losses: Sequence[float], *, reused: bool) -> Finished:
         name = published_name(places.loras, config, run_id, words, folder.preview)
         texts = describe(base, train_set, config, plan, run_id, precision, last.step)
-        file = publish(
-            places.loras, name, last, texts, words, kept, folder.preview, unless_there=reused
-        )
+        file = publish(places.loras, name, last, texts, words, kept, folder.preview, unless_there=reused)
         files = tuple(c.lora_file for c in folder.checkpoints() if c.step <= last.step)
         return Finished(file, folder.path, last.step, words, tuple(losses), reused, files)
 
@@ -127,6 +125,9 @@ def train(
         if fresh:
             folder.set_aside()
         found = folder.checkpoints()
+        for checkpoint in found:
+            if checkpoint.run != run_id:  # copied here, or a folder name that two runs share
+                raise unfit(checkpoint, f"run {checkpoint.run[:8]} wrote it")
         last = next((c for c in found if c.step == plan.total_steps), None)
         source = next((c for c in reversed(found) if c.resumable and c.step >= plan.total_steps), None)
         if last is not None and source is not None:

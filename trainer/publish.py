@@ -57,7 +57,11 @@ def publish(
     file = loras / f"{name}{SUFFIX}"
     tensors = read_tensors(checkpoint.lora_file)
     metadata = with_hashes(texts, tensors)
-    if unless_there and file.exists() and {**read_metadata(file), "workflow": ""} == {**metadata, "workflow": ""}:
+    if (
+        unless_there
+        and file.exists()
+        and {**read_metadata(file), "workflow": ""} == {**metadata, "workflow": ""}
+    ):
         return file
     write_safetensors(file, tensors, with_workflow(metadata, workflow))
     if words:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from .adapters import lora
@@ -16,6 +17,7 @@ from .data.cache import TensorCache
 from .data.train_set import TrainSet
 from .engine.precision import Precision, enable_gradient_checkpointing, place
 from .engine.small_maps import use_matrix_products
+from .errors import LoraGraftError, one_line
 from .families.opening import Base
 from .inputs import Inputs
 from .optim import build_optimizer
@@ -118,20 +120,34 @@ def training_state(run: Run) -> dict[str, torch.Tensor]:
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Put the run back to where ``checkpoint`` was written."""
-    tensors, info = checkpoint.tensors(), checkpoint.info()
-    run.adapter.load_state_dict(
-        {k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")}
-    )
-    for i, parameter in enumerate(run.parameters):
-        prefix = f"optimizer.{i}."
-        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        if state:  # a parameter that no gradient reached has none
-            run.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
-    if run.scaler.is_enabled() and "scaler" in info:
-        run.scaler.load_state_dict(info["scaler"])
-    run.micro_losses = tensors["micro_losses"].tolist()
+    """Put the run back to where ``checkpoint`` was written; raises LG-RUN-007 if it does not fit."""
+    try:
+        tensors, info = checkpoint.tensors(), checkpoint.info()
+        run.adapter.load_state_dict(
+            {k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")}
+        )
+        for i, parameter in enumerate(run.parameters):
+            prefix = f"optimizer.{i}."
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if state:  # a parameter that no gradient reached has none
+                run.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
+        if run.scaler.is_enabled():
+            run.scaler.load_state_dict(info["scaler"])
+        run.micro_losses = tensors["micro_losses"].tolist()
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise unfit(checkpoint, one_line(str(error), 200)) from error
     run.step = checkpoint.step
+
+
+def unfit(checkpoint: Checkpoint, why: str) -> LoraGraftError:
+    """Return the refusal of a checkpoint that is whole, but not this run's."""
+    return LoraGraftError(
+        "LG-RUN-007",
+        f"The checkpoint of step {checkpoint.step} cannot be continued.",
+        where=str(checkpoint.folder),
+        why=f"it does not fit this run: {why}.",
+        fix="start the run afresh (existing_run on the node, --fresh on the command line)",
+    )
 
 
 def planned_lines(run: Run, resumed: Checkpoint | None) -> list[str]:

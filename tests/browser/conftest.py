@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from playwright.sync_api import Browser
+
 from loragraft_tests.browser.page import Page, browser, open_page
 from loragraft_tests.comfyui.harness import Comfy, cannot_run
-from playwright.sync_api import Browser
 
 PACK = Path(__file__).resolve().parents[2]
 DEMO_BASE = PACK / "trainer" / "demo" / "base" / "demo_base.safetensors"

@@ -45,7 +45,7 @@ class Page:
     """One open page. ``errors`` holds console errors and uncaught exceptions, ``dialogs`` what popped up."""
 
     def __init__(self, raw: RawPage, url: str) -> None:
-        self.raw, self._url = raw, url
+        self.raw, self.url = raw, url
         self.errors: list[str] = []
         self.dialogs: list[str] = []
         raw.on("console", self._console)
@@ -63,7 +63,7 @@ class Page:
 
     def go(self) -> None:
         """Load the page (again) and wait until the graph can be used."""
-        self.raw.goto(self._url)
+        self.raw.goto(self.url)
         self._settle()
 
     def reload(self) -> None:

@@ -64,6 +64,22 @@
         for (const w of each.widgets ?? []) if (typeof w.value === "string" && !w.options?.values && w.name !== "loragraft_panel") w.value = text;
       }
     },
+    /** Set widgets by name. */
+    put(id, values) {
+      for (const [name, value] of Object.entries(values)) {
+        const widget = node(id).widgets.find((w) => w.name === name);
+        if (!widget) throw new Error(`no widget ${name}`);
+        widget.value = value;
+      }
+    },
+    hasImages: (id) => Boolean(app.nodeOutputs[id]?.images?.length),
+    /** Nothing is queued and nothing runs. */
+    idle: async () => {
+      const queue = await (await api.fetchApi("/queue")).json();
+      return queue.queue_running.length + queue.queue_pending.length === 0;
+    },
+    unknown: () =>
+      app.rootGraph.nodes.filter((n) => !n.constructor?.nodeData && !n.isVirtualNode).map((n) => n.type),
     refused: () => Boolean(app.lastNodeErrors && Object.keys(app.lastNodeErrors).length),
     /** Pretend that the server sent a message. */
     send: (detail) => api.dispatchCustomEvent("loragraft.train", detail),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from loragraft_tests.browser.conftest import Open
 from loragraft_tests.comfyui.harness import Comfy
 

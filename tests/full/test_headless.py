@@ -50,9 +50,16 @@ def test_diffusers_applies_every_module_equally(base: api.Base, trained: Trained
     parts = base.load()
     keys = {(t.part, t.path): t.key for t in base.family.targets(parts, convolutions=False)}
     pipe = StableDiffusionPipeline(
-        parts.vae, parts.text_encoder, parts.tokenizer, parts.denoiser, DDIMScheduler(), None, None, False
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=parts.denoiser,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
-    pipe.load_lora_weights(str(trained.lora), adapter_name="ours")
+    pipe.load_lora_weights(str(trained.lora.parent), weight_name=trained.lora.name, adapter_name="ours")
     file = api.lora_tensors(trained.lora)
     errors = {}
     for part, root in (("denoiser", pipe.unet), ("text_encoder", pipe.text_encoder)):
@@ -60,7 +67,7 @@ def test_diffusers_applies_every_module_equally(base: api.Base, trained: Trained
             if not isinstance(module, BaseTunerLayer):
                 continue
             key = keys.pop((part, path))
-            theirs = module.get_delta_weight("ours").double()
+            theirs = module.get_delta_weight("ours").detach().double()
             up, down = (file[f"{key}.lora_{n}.weight"].double().flatten(1) for n in ("up", "down"))
             ours = (float(file[f"{key}.alpha"]) / down.shape[0] * (up @ down)).reshape(theirs.shape)
             assert float(ours.norm()) > 0

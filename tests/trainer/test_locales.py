@@ -86,7 +86,7 @@ def test_help_page(node: str, lang: str) -> None:
     english = (ROOT / "js" / "docs" / node / "en.md").read_text("utf-8")
     assert page.splitlines()[0] == f"# {DEFS[lang][node]['display_name']}"
     assert page.count("\n## ") == english.count("\n## "), "the same sections"
-    assert page.count("\n|") == english.count("\n|"), "the same table rows"
+    assert page.count("\n- ") == english.count("\n- "), "the same entries"
     assert set(re.findall(r"LG-[A-Z]+-\d{3}", page)) == set(re.findall(r"LG-[A-Z]+-\d{3}", english))
     for output in DEFS["en"][node]["outputs"].values():
         assert f"`{output['name']}`" in page, f"the output {output['name']} is not explained"
@@ -100,6 +100,6 @@ def test_help_pages_name_only_what_exists() -> None:
         text = page.read_text("utf-8")
         for code in re.findall(r"LG-[A-Z]+-\d{3}", text):
             assert f'"{code}"' in source, f"{page.parent.name}/{page.name}: {code}"
-        for name in re.findall(r"^\|[^|]*\|", text, re.MULTILINE):
-            for quoted in re.findall(r"`(\w+)`", name):
-                assert quoted in known, f"{page.parent.name}/{page.name}: {quoted}"
+        for entry in re.findall(r"^- ([^:：]*)[:：]", text, re.MULTILINE):
+            for name in re.findall(r"`([a-z_]+)`", entry):
+                assert name in known, f"{page.parent.name}/{page.name}: {name}"

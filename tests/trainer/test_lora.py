@@ -317,7 +317,9 @@ def test_diffusers_applies_the_file_as_we_do(base: api.Base, tmp_path: Path, con
     unet, vae, text = tiny.random_modules()
     unet.load_state_dict(base.load().denoiser.float().state_dict())
     text.load_state_dict(base.load().text_encoder.float().state_dict())
-    pipe = StableDiffusionPipeline(vae, text, ours.tokenizer, unet, DDIMScheduler(), None, None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(
+        vae, text, ours.tokenizer, unet, DDIMScheduler(), None, None, requires_safety_checker=False
+    )
     pipe.load_lora_weights(str(tmp_path), weight_name=file.name, adapter_name="x")
     layers = {
         **{("denoiser", n): m for n, m in unet.named_modules() if isinstance(m, BaseTunerLayer)},

@@ -239,7 +239,9 @@ def test_events_come_in_order_and_say_what_happened(training: runs.Training) -> 
     beside = {p.name for p in training.places.loras.iterdir()}
     assert beside == {"x.safetensors", "x.txt", "x.preview.png"}
     assert (training.places.loras / "x.txt").read_text("utf-8") == "zibu\n"
-    logged = [json.loads(line) for line in (finished.run_folder / "log.jsonl").read_text("utf-8").splitlines()]
+    logged = [
+        json.loads(line) for line in (finished.run_folder / "log.jsonl").read_text("utf-8").splitlines()
+    ]
     assert [entry["loss"] for entry in logged] == losses(events)
     text = (finished.run_folder / "log.log").read_text("utf-8")
     assert "step 6/6 loss" in text and "0 of 216 tensors zero" in text
@@ -621,7 +623,9 @@ def test_notes_of_the_users_beside_the_file_are_not_overwritten(training: runs.T
         training.places.loras.mkdir()
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "a\\b", "..", "../x", "con", "a\nb", "x" * 121, ".x", "x ", "a:b"])
+@pytest.mark.parametrize(
+    "name", ["", "a/b", "a\\b", "..", "../x", "con", "a\nb", "x" * 121, ".x", "x ", "a:b"]
+)
 def test_a_name_that_is_no_file_name_writes_nothing(training: runs.Training, name: str) -> None:
     with Refusal("LG-PATH-001", "output_name"):
         training.events(output_name=name)
@@ -661,9 +665,7 @@ def test_an_exception_at_an_event_saves_too(training: runs.Training) -> None:
      (api.Saved, 1), (api.Sampled, 2)],
     ids=["planned", "images", "captions", "step", "saved", "sampled", "last saved", "preview"],
 )  # fmt: skip
-def test_a_stop_at_any_event_loses_nothing(
-    training: runs.Training, kind: type[Any], number: int
-) -> None:
+def test_a_stop_at_any_event_loses_nothing(training: runs.Training, kind: type[Any], number: int) -> None:
     options = {
         "max_train_steps": 3,
         "save_every_n_steps": 2,
@@ -709,12 +711,20 @@ def test_a_stop_frees_the_models_and_the_lock(
 
 
 def test_a_run_may_be_closed_by_another_thread(training: runs.Training) -> None:
-    events = training.start()
-    first = threading.Thread(target=lambda: next(events))
+    events, begun, done = training.start(), threading.Event(), threading.Event()
+
+    def begin() -> None:
+        next(events)
+        begun.set()
+        done.wait(60)  # what belongs to a thread goes when it ends
+
+    first = threading.Thread(target=begin)
     first.start()
-    first.join()
+    begun.wait(60)
     events.close()
     assert training.finish().step == 4
+    done.set()
+    first.join()
 
 
 def test_two_at_once_on_the_same_run_are_refused(training: runs.Training) -> None:
@@ -837,9 +847,7 @@ def test_nan_in_the_last_step_reaches_no_file(
     assert not list(runs.run_folder(training.places).glob("ckpt/*"))
 
 
-def test_an_overflow_in_fp16_skips_the_step(
-    training: runs.Training, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_overflow_in_fp16_skips_the_step(training: runs.Training, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss scaler lowers its scale and goes on; the log stays valid JSON."""
     real = SD15.predict
     calls: list[int] = []
@@ -914,7 +922,9 @@ def test_zero_steps_cannot_be_asked_for() -> None:
             runs.settings(**{name: 0})
 
 
-def test_errors_of_a_run_are_all_of_the_one_class(training: runs.Training, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_run_are_all_of_the_one_class(
+    training: runs.Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file-system error anywhere in a run arrives as a refusal that names the file."""
     from loragraft.trainer import runlog
 

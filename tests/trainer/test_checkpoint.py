@@ -1,0 +1,470 @@
+"""Checkpoints: after any fault at any moment, what is listed is whole and nothing older is touched."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loragraft.trainer import api, checkpoint
+from loragraft.trainer.checkpoint import INFO, LORA, MANIFEST, STATE, RunFolder, verified
+from loragraft.trainer.errors import LoraGraftError
+from loragraft_tests.trainer import runs
+from loragraft_tests.trainer.data_folders import Refusal
+from loragraft_tests.trainer.disk import Disk, Killed
+
+ERRORS = {errno.ENOSPC: "LG-SAVE-001", errno.EIO: "LG-SAVE-007", errno.EACCES: "LG-SAVE-007"}
+NEW = 15
+
+
+def content(step: int) -> tuple[Any, ...]:
+    """Return what a run saves at this step."""
+    lora = {"lora_unet_a.lora_up.weight": torch.full((3, 2), float(step)), "b": torch.ones(1)}
+    state = {"adapter.a": torch.full((5,), float(step)), "micro_losses": torch.arange(step).float()}
+    return step, lora, {"ss_steps": str(step)}, state, {"step": step, "run": "r" * 64}
+
+
+def save(folder: Path, step: int) -> checkpoint.Checkpoint:
+    return RunFolder(folder).save(*content(step))
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run folder with checkpoints 2 (the LoRA only), 5 and 10."""
+    folder = tmp_path_factory.mktemp("history") / "run"
+    for step in (2, 5, 10):
+        save(folder, step)
+    return folder
+
+
+def before_new(history: Path, folder: Path, scene: str) -> Path:
+    """Copy the history to where step 15 is about to be saved, in one of the scenes."""
+    shutil.copytree(history, folder)
+    target = folder / "ckpt" / f"step-{NEW:06d}"
+    if scene == "only its LoRA is there":
+        shutil.copytree(folder / "ckpt" / "step-000002", target)
+        file = save(folder.with_name("other"), NEW).folder
+        for name in (LORA, INFO):
+            shutil.copy(file / name, target / name)
+        checkpoint._write_manifest(target, [LORA, INFO])
+        shutil.rmtree(folder.with_name("other"))
+    elif scene == "a broken one is there":
+        shutil.copytree(folder / "ckpt" / "step-000010", target)
+        (target / STATE).write_bytes(b"broken")
+    return folder
+
+
+SCENES = ("nothing is there", "only its LoRA is there", "a broken one is there")
+
+
+def check(folder: Path, history: Path, scene: str, *, saved: bool = False) -> None:
+    """Assert the promise: start, list, verify, resume, save again."""
+    run = RunFolder(folder)
+    run.open()
+    try:
+        assert not list(folder.rglob("*.tmp-*")), "what was half-written is swept"
+        listed = {c.step: c for c in run.checkpoints()}
+        assert {2, 5, 10} <= set(listed), "older checkpoints are untouched"
+        for step in (2, 5, 10):
+            old = history / "ckpt" / f"step-{step:06d}"
+            assert listed[step].lora_file.read_bytes() == (old / LORA).read_bytes()
+            if listed[step].resumable:
+                assert (listed[step].folder / STATE).read_bytes() == (old / STATE).read_bytes()
+        resumable = {s for s, c in listed.items() if c.resumable}
+        assert resumable >= {5, 10} or resumable >= {10, NEW}, "two states to continue from"
+        if NEW in listed:
+            lora, state = content(NEW)[1], content(NEW)[3]
+            assert all(torch.equal(v, lora[k]) for k, v in api.lora_tensors(listed[NEW].lora_file).items())
+            if listed[NEW].resumable:
+                assert all(torch.equal(v, state[k]) for k, v in listed[NEW].tensors().items())
+        else:
+            assert scene != "only its LoRA is there", "the LoRA that was listed is still there"
+        if saved:
+            assert listed[NEW].resumable, "a save that returned is on the disk"
+        again = run.save(*content(NEW))
+        assert again.resumable and {c.step for c in run.checkpoints() if c.resumable} == {10, NEW}
+        assert not (folder / "ckpt" / "step-000005" / STATE).exists()
+    finally:
+        run.close()
+
+
+def cases(history: Path, tmp_path: Path, scene: str, **fault: Any) -> Any:
+    """Yield a folder and its disk for a fault at every call of one save, and at last for none."""
+    for at in range(1, 200):
+        folder = before_new(history, tmp_path / f"{at}" / "run", scene)
+        disk = Disk(folder, at, **fault)
+        yield folder, disk
+        if len(disk.calls) < at:
+            return
+        shutil.rmtree(tmp_path / f"{at}")
+    raise AssertionError("a save has no end")
+
+
+# ---- kills and power cuts at every call ----
+
+
+@pytest.mark.parametrize("power", ["stays", "fails", "fails, renames lost"])
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_kill_at_any_call_of_a_save(history: Path, tmp_path: Path, scene: str, power: str) -> None:
+    tried = 0
+    for folder, disk in cases(history, tmp_path, scene):
+        returned = False
+        try:
+            with disk.watching():
+                save(folder, NEW)
+            returned = True
+        except Killed:
+            tried += 1
+        if power != "stays":
+            disk.cut_power(lose_renames="lost" in power)
+        check(folder, history, scene, saved=returned)
+    assert tried >= 25, "the calls of a save are seen"
+
+
+def test_a_save_syncs_before_it_shows(history: Path, tmp_path: Path) -> None:
+    """Files, then the manifest, are complete and synced in a temporary folder before it gets its name."""
+    folder = before_new(history, tmp_path / "run", SCENES[0])
+    disk = Disk(folder)
+    with disk.watching():
+        save(folder, NEW)
+    kinds = [kind for kind, _ in disk.calls]
+    appeared = [Path(path).name for kind, path in disk.calls if kind == "rename"]
+    assert appeared == [LORA, STATE, INFO, MANIFEST, "step-000015", MANIFEST]
+    shown = next(i for i, (k, p) in enumerate(disk.calls) if k == "rename" and p.endswith("step-000015"))
+    assert kinds[:shown].count("sync file") == 4
+    assert kinds[:shown].count("sync folder") == 4
+    assert kinds[shown + 1] == "sync folder"
+    assert kinds[-1] == "unlink", "an older state goes last"
+
+
+def broken_in_place(self: RunFolder, target: Path, *parts: Any) -> None:
+    """Write into the checkpoint's own folder, the manifest at the end."""
+    target.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_safetensors(target / LORA, parts[0], parts[1])
+    checkpoint.write_safetensors(target / STATE, parts[2])
+    checkpoint.write_text(target / INFO, json.dumps(parts[3]))
+    checkpoint._write_manifest(target, [LORA, STATE, INFO])
+
+
+def broken_drop_first(self: RunFolder, target: Path, *parts: Any) -> None:
+    """Drop older states before the new one is written."""
+    (self.path / "ckpt" / "step-000005" / STATE).unlink()
+    REAL_WRITE(self, target, *parts)
+
+
+def broken_delete_first(self: RunFolder, target: Path, *parts: Any) -> None:
+    """Remove what lies in the place before the new one is written."""
+    shutil.rmtree(target, ignore_errors=True)
+    REAL_WRITE(self, target, *parts)
+
+
+REAL_WRITE = RunFolder._write
+
+
+@pytest.mark.parametrize(
+    ("scene", "mutant", "syncs"),
+    [
+        (SCENES[0], REAL_WRITE, "no files"),
+        (SCENES[0], REAL_WRITE, "no folders"),
+        (SCENES[1], broken_in_place, "all"),
+        (SCENES[0], broken_drop_first, "all"),
+        (SCENES[1], broken_delete_first, "all"),
+    ],
+    ids=["no file sync", "no folder sync", "no rename", "drop first", "delete first"],
+)
+def test_broken_savers_are_caught(
+    history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scene: str, mutant: Any, syncs: str
+) -> None:
+    """The checks above can fail: each of these savers breaks them at some call."""
+    caught = 0
+    for folder, disk in cases(history, tmp_path, scene):
+        disk.syncs_files, disk.syncs_folders = syncs != "no files", syncs != "no folders"
+        returned = False
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "_write", mutant)
+            try:
+                with disk.watching():
+                    save(folder, NEW)
+                returned = True
+            except Killed:
+                pass
+        disk.cut_power(lose_renames=True)
+        try:
+            check(folder, history, scene, saved=returned)
+        except AssertionError:
+            caught += 1
+    assert caught
+
+
+# ---- errors at every call ----
+
+
+@pytest.mark.parametrize("error", list(ERRORS), ids=[errno.errorcode[e] for e in ERRORS])
+@pytest.mark.parametrize("scene", SCENES)
+def test_an_error_once_is_survived(history: Path, tmp_path: Path, scene: str, error: int) -> None:
+    for folder, disk in cases(history, tmp_path, scene, error=error):
+        with disk.watching():
+            assert save(folder, NEW).resumable
+        check(folder, history, scene, saved=True)
+
+
+@pytest.mark.parametrize("error", list(ERRORS), ids=[errno.errorcode[e] for e in ERRORS])
+@pytest.mark.parametrize("scene", SCENES)
+def test_an_error_that_stays_is_refused_with_nothing_lost(
+    history: Path, tmp_path: Path, scene: str, error: int
+) -> None:
+    refused = 0
+    for folder, disk in cases(history, tmp_path, scene, error=error, always=True):
+        returned = False
+        try:
+            with disk.watching():
+                save(folder, NEW)
+            returned = True
+        except LoraGraftError as caught:
+            assert caught.code == ERRORS[error]
+            assert str(folder) in caught.where
+            refused += 1
+        check(folder, history, scene, saved=returned)
+    assert refused >= 20
+
+
+def test_a_disk_known_to_be_full_is_refused_before_anything_is_written(
+    history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = before_new(history, tmp_path / "run", SCENES[0])
+    before = runs.tree(folder)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=3 * 2**20))
+    for write in (lambda: save(folder, NEW), lambda: RunFolder(tmp_path / "new").open()):
+        with Refusal("LG-SAVE-001", "64 MiB", "3 MiB"):
+            write()
+    assert runs.tree(folder) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_changes_what_it_is_given_is_noticed(
+    history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = before_new(history, tmp_path / "run", SCENES[0])
+    real = checkpoint.sync_folder
+
+    def flip(place: Path) -> None:
+        real(place)
+        for file in place.glob(f"step-{NEW:06d}/{LORA}"):
+            data = bytearray(file.read_bytes())
+            data[-1] ^= 1
+            file.write_bytes(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sync_folder", flip)
+        with Refusal("LG-SAVE-002", "step 15", str(folder)):
+            save(folder, NEW)
+    assert {c.step for c in RunFolder(folder).checkpoints() if c.resumable} == {5, 10}
+    check(folder, history, "a broken one is there")
+
+
+# ---- damage ----
+
+
+def damages(data: bytes) -> dict[str, bytes | None]:
+    """Return versions of a file that differ from it."""
+    flips = {
+        f"bit {at}": data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
+        for at in sorted({0, 7, len(data) // 3, len(data) // 2, len(data) - 1})
+    }
+    return {
+        **flips,
+        "cut": data[:-1],
+        "half": data[: len(data) // 2],
+        "empty": b"",
+        "longer": data + b"\0",
+        "gone": None,
+    }
+
+
+@pytest.mark.parametrize("name", [LORA, STATE, INFO, MANIFEST])
+def test_a_damaged_checkpoint_is_not_listed(history: Path, tmp_path: Path, name: str) -> None:
+    whole = (history / "ckpt" / "step-000010" / name).read_bytes()
+    for kind, data in damages(whole).items():
+        folder = shutil.copytree(history, tmp_path / kind)
+        file = folder / "ckpt" / "step-000010" / name
+        file.unlink()
+        if data is not None:
+            file.write_bytes(data)
+        if name == MANIFEST and kind == "longer":
+            continue  # its content is the same
+        steps = [c.step for c in RunFolder(folder).checkpoints()]
+        assert steps == [2, 5], kind
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {}, [], None, "text", {LORA: {}}, {LORA: 1, INFO: 2}, {"../../x": {"size": 0, "sha256": ""}},
+        {LORA: None, INFO: None, STATE: None}, {LORA: {"size": -1, "sha256": None}, INFO: {"size": 1, "sha256": []}},
+    ],
+)  # fmt: skip
+def test_a_manifest_of_any_content_is_not_believed(history: Path, tmp_path: Path, manifest: Any) -> None:
+    folder = shutil.copytree(history, tmp_path / "run") / "ckpt" / "step-000010"
+    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    assert verified(folder) is None
+
+
+def test_a_manifest_that_names_a_file_outside_is_not_read(history: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(history, tmp_path / "run") / "ckpt" / "step-000010"
+    entries = json.loads((folder / MANIFEST).read_text("utf-8"))
+    (tmp_path / "secret").write_bytes(b"")
+    entries["../../../secret"] = {"size": 0, "sha256": checkpoint._sha256(tmp_path / "secret")}
+    (folder / MANIFEST).write_text(json.dumps(entries), encoding="utf-8")
+    assert verified(folder) is None
+
+
+def test_a_manifest_of_great_depth(history: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(history, tmp_path / "run") / "ckpt" / "step-000010"
+    (folder / MANIFEST).write_text("[" * 200_000, encoding="utf-8")
+    assert verified(folder) is None
+
+
+def test_whatever_else_lies_there_is_no_checkpoint(history: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(history, tmp_path / "run")
+    good = folder / "ckpt" / "step-000010"
+    for name in ("step-", "step-x", "step-000010-copy", "other", "step-000010.bak"):
+        shutil.copytree(good, folder / "ckpt" / name)
+    (folder / "ckpt" / "step-000099").write_bytes(b"a file")
+    assert [c.folder.name for c in RunFolder(folder).checkpoints()] == [
+        "step-000002", "step-000005", "step-000010",
+    ]  # fmt: skip
+
+
+# ---- keeping ----
+
+
+def test_two_states_and_every_lora_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        saved = save(tmp_path / "run", step)
+        assert saved.step == step and saved.resumable
+        listed = RunFolder(tmp_path / "run").checkpoints()
+        assert [c.step for c in listed] == list(range(1, step + 1))
+        assert [c.step for c in listed if c.resumable] == list(range(1, step + 1))[-2:]
+        assert len(list((tmp_path / "run").rglob(STATE))) == min(2, step)
+        assert listed[-1].losses() == [float(i) for i in range(step)]
+
+
+def test_steps_are_ordered_by_number(tmp_path: Path) -> None:
+    for step in (999_998, 999_999, 1_000_000):
+        save(tmp_path / "run", step)
+    listed = RunFolder(tmp_path / "run").checkpoints()
+    assert [(c.step, c.resumable) for c in listed] == [(999_998, False), (999_999, True), (1_000_000, True)]
+
+
+def test_a_complete_checkpoint_is_not_written_again(tmp_path: Path) -> None:
+    first = save(tmp_path / "run", 3)
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in first.folder.iterdir()}
+    save(tmp_path / "run", 3)
+    assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in first.folder.iterdir()} == before
+
+
+def test_equal_content_makes_equal_files(tmp_path: Path) -> None:
+    save(tmp_path / "a", 3)
+    save(tmp_path / "b", 3)
+    assert runs.tree(tmp_path / "a") == runs.tree(tmp_path / "b")
+
+
+# ---- one at a time ----
+
+
+def test_a_folder_is_opened_once(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    first.open()
+    with Refusal("LG-RUN-003", str(tmp_path / "run")):
+        second.open()
+    first.close()
+    second.open()
+    second.close()
+    second.close()
+
+
+def test_a_refused_opener_sweeps_nothing(history: Path, tmp_path: Path) -> None:
+    """What looks left over may be what the other process is writing."""
+    folder = shutil.copytree(history, tmp_path / "run")
+    first = RunFolder(folder)
+    first.open()
+    writing = folder / "ckpt" / "step-000011.tmp-12345678"
+    writing.mkdir()
+    with Refusal("LG-RUN-003"):
+        RunFolder(folder).open()
+    assert writing.is_dir()
+    first.close()
+
+
+# ---- in a run ----
+
+
+@pytest.fixture
+def training(base: api.Base, train_set: api.TrainSet, places: api.Places) -> runs.Training:
+    return runs.Training(base, train_set, places)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_a_run_on_a_failing_disk_stops_and_continues(
+    training: runs.Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    options = {"max_train_steps": 6, "save_every_n_steps": 2}
+    never = runs.Training(
+        training.base, training.train_set, api.Places(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    )
+    never.finish(**options)
+    real: Callable[..., None] = checkpoint.write_safetensors
+
+    def failing(path: Path, *args: Any) -> None:
+        if "step-000004" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(error, "injected", str(path))
+        real(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_safetensors", failing)
+        with Refusal(ERRORS[error], "queu"):
+            training.events(**options)
+    folder = runs.run_folder(training.places)
+    assert [p.name for p in (folder / "ckpt").iterdir()] == ["step-000002"]
+    assert ERRORS[error] in (folder / "log.log").read_text("utf-8")
+    assert not training.places.loras.exists()
+    events = training.events(**options)
+    assert runs.only(events, api.Planned).first_step == 2
+    assert runs.tree(training.places.loras) == runs.tree(never.places.loras)
+
+
+def test_a_loras_folder_that_cannot_be_written_loses_no_training(
+    training: runs.Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.places.loras.parent.mkdir(exist_ok=True)
+    training.places.loras.write_bytes(b"a file where the folder should be")
+    with Refusal("LG-SAVE-007", str(training.places.loras)):
+        training.events()
+    training.places.loras.unlink()
+    monkeypatch.setattr(api.Base, "load", lambda self: pytest.fail("trained again"))
+    assert training.finish().lora_file.is_file()
+
+
+def test_a_runs_folder_that_cannot_be_made(training: runs.Training) -> None:
+    training.places.runs.write_bytes(b"a file")
+    with Refusal("LG-SAVE-007", str(training.places.runs)):
+        training.events()
+
+
+def test_left_over_files_of_a_kill_are_swept_everywhere_in_the_run(training: runs.Training) -> None:
+    training.stop_after(1)
+    folder = runs.run_folder(training.places)
+    left = [folder / "run.toml.tmp-0badc0de", folder / "log.jsonl.tmp-0badc0de"]
+    left.append(runs.newest(folder) / "manifest.json.tmp-0badc0de")
+    for path in left:
+        path.write_bytes(b"half")
+    training.finish()
+    assert not [p for p in left if p.exists()]
