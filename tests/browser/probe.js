@@ -64,6 +64,24 @@
         for (const w of each.widgets ?? []) if (typeof w.value === "string" && !w.options?.values && w.name !== "loragraft_panel") w.value = text;
       }
     },
+    /** Draw the graph at a scale with its corner at (left, top); gives the rectangle it takes, in the page's pixels. */
+    async place(scale, left, top) {
+      await frames(3);
+      const { ds } = app.canvas;
+      const areas = [...app.rootGraph.nodes.map((n) => n.getBounding()), ...app.rootGraph.groups.map((g) => g._bounding)];
+      const x = Math.min(...areas.map((a) => a[0]));
+      const y = Math.min(...areas.map((a) => a[1]));
+      const width = Math.max(...areas.map((a) => a[0] + a[2])) - x;
+      const height = Math.max(...areas.map((a) => a[1] + a[3])) - y;
+      const box = app.canvas.canvas.getBoundingClientRect();
+      ds.scale = scale;
+      ds.offset[0] = (left - box.left) / scale - x;
+      ds.offset[1] = (top - box.top) / scale - y;
+      app.canvas.deselectAll();
+      app.canvas.setDirty(true, true);
+      await frames(5);
+      return { x: left, y: top, width: width * scale, height: height * scale };
+    },
     /** Set widgets by name. */
     put(id, values) {
       for (const [name, value] of Object.entries(values)) {
@@ -71,6 +89,11 @@
         if (!widget) throw new Error(`no widget ${name}`);
         widget.value = value;
       }
+    },
+    /** The training is past its middle, and the panel has drawn it. */
+    halfway: (id) => {
+      const [done, total] = (panel(id)?.querySelector(".loragraft-count")?.textContent.match(/(\d+) \/ (\d+)/) ?? []).slice(1).map(Number);
+      return panel(id)?.dataset.phase === "training" && done > total * 0.6;
     },
     hasImages: (id) => Boolean(app.nodeOutputs[id]?.images?.length),
     /** Nothing is queued and nothing runs. */

@@ -30,6 +30,16 @@ def test_the_very_weights_are_shared(server: Comfy) -> None:
     assert Path(report["tokenizer"]).resolve() == api.demo_tokenizer().resolve()
 
 
+def test_the_trainer_computes_what_the_host_computes(server: Comfy) -> None:
+    graph = {
+        "base": prompts.node("LoraGraftLoadDemoBase"),
+        "forward": prompts.node("ProbeForward", **BASE, text="large red circle, white background"),
+    }
+    report = prompts.answer(server.run(graph), "forward")
+    assert report["tokens"], "the same words must become the same tokens"
+    assert max(report["denoiser"], report["vae"], report["text"]) < 1e-4, report
+
+
 def test_the_hash_is_that_of_the_plain_weights_while_a_lora_is_loaded(server: Comfy) -> None:
     """ComfyUI bakes a LoRA into the shared modules and leaves it there after the graph has ended."""
     outputs = server.run(

@@ -12,6 +12,7 @@ from loragraft_tests.comfyui import prompts
 from loragraft_tests.comfyui.harness import Comfy, error_text
 
 ODD = {
+    "no_tokenizer": "LG-NODE-008",
     "fp8": "LG-NODE-004",
     "packed": "LG-NODE-004",
     "meta": "LG-NODE-005",
@@ -134,6 +135,16 @@ def test_an_impossible_preview_is_refused(
         "preview": prompts.preview_node(**{"lora_name": demo.file.name, **inputs}),
     }
     assert code in refused(server, graph)
+
+
+def test_a_linked_choice_is_checked_when_the_node_runs(server: Comfy, demo: Any) -> None:
+    for widget in ("sampler_name", "scheduler"):
+        graph = {
+            "base": prompts.node("LoraGraftLoadDemoBase"),
+            "choice": prompts.node("ProbeChoice", text="eulre"),
+            "preview": prompts.preview_node(**{"lora_name": demo.file.name, widget: ["choice", 0]}),
+        }
+        assert "LG-NODE-014" in refused(server, graph)
 
 
 def test_a_bad_image_among_good_ones_is_named(server: Comfy) -> None:

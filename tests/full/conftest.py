@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,11 +70,11 @@ def server(
         "custom_nodes/probe_full": PACK / "tests" / "full" / "probe",
         "models/checkpoints/full_size.safetensors": checkpoint,
         "models/loras/headless.safetensors": trained.lora,
-        "input/noise": images,
     }
     for name, target in links.items():
         link = base / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(target, target_is_directory=target.is_dir())
+    shutil.copytree(images, base / "input" / "noise")  # the path gate refuses links out of the input folder
     with harness.Comfy.start(comfyui, base, PACK) as running:
         yield running

@@ -53,7 +53,7 @@ class Disk:
                 os.truncate(path, path.stat().st_size // 2)
         for source, target in reversed(self._renames if lose_renames else []):
             if target.exists() and source.parent.exists() and not source.exists():
-                os.rename(target, source)
+                target.rename(source)
 
     # ---- the calls ----
 
@@ -105,8 +105,9 @@ class Disk:
         if stat.S_ISDIR(info.st_mode):
             self.reached("sync folder", self.root)
             if self.syncs_folders:
-                durable = {(s, t) for s, t in self._renames if t.parent.stat().st_ino == info.st_ino}
-                self._renames = [pair for pair in self._renames if pair not in durable]
+                gone = [p for p in self._renames if not p[1].parent.exists()]
+                here = [p for p in self._renames if p not in gone and p[1].parent.stat().st_ino == info.st_ino]
+                self._renames = [p for p in self._renames if p not in gone + here]
         else:
             self.reached("sync file", self.root)
             if self.syncs_files:

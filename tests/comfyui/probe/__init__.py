@@ -5,6 +5,7 @@ Its nodes answer with one JSON text in their ui output.
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import importlib
@@ -226,11 +227,50 @@ class ProbeShare:
         return {"ui": {"text": [json.dumps(report)]}}
 
 
+class ProbeForward:
+    """Compare what the host's and the trainer's modules make of the same inputs, on the same weights."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = "probe", "look", True, ()
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "clip": ("CLIP",), "vae": ("VAE",), "text": ("STRING", {})}}
+
+    def look(self, model, clip, vae, text):
+        base = pack("nodes.host_weights").open_base(model, clip, vae)
+        parts = base.load()
+        draw = torch.Generator().manual_seed(1)
+        width = parts.text_encoder.config.hidden_size
+        x, cond = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 77, width, generator=draw)
+        t = torch.tensor([7, 801])
+        host = model.model.diffusion_model(x, t, context=cond)
+        ours = parts.denoiser(x, t, encoder_hidden_states=cond).sample
+        pixels = vae.decode(x[:1])
+        decoded = (parts.vae.float().decode(x[:1]).sample / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+        ids = base.family.tokenize(parts, [text], 75)
+        tokens = [t[0] for t in clip.tokenize(text)["l"][0]]
+        words = base.family.encode_text(parts_in_float(parts), ids, 1)
+        encoded = clip.encode_from_tokens(clip.tokenize(text))
+        report = {
+            "denoiser": float((host - ours).abs().max() / ours.abs().max()),
+            "vae": float((pixels - decoded).abs().max()),
+            "text": float((encoded - words).abs().max() / words.abs().max()),
+            "tokens": tokens == ids[0, 0].tolist(),
+        }
+        return {"ui": {"text": [json.dumps(report)]}}
+
+
+def parts_in_float(parts):
+    parts.text_encoder.float()
+    return parts
+
+
 class ProbeOddModel:
     """Return a copy of MODEL, CLIP and VAE that Train LoRA must refuse."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "probe", "make", ("MODEL", "CLIP", "VAE")
     KINDS = (
+        "no_tokenizer",
         "fp8",
         "packed",
         "meta",
@@ -254,6 +294,11 @@ class ProbeOddModel:
             return model, None, vae
         if kind == "no_vae":
             return model, clip, None
+        if kind == "no_tokenizer":
+            clip = clip.clone()
+            clip.tokenizer = copy.copy(clip.tokenizer)
+            clip.tokenizer.clip_l = object()
+            return model, clip, vae
         if kind == "clip_layer":
             clip = clip.clone()
             clip.clip_layer(-2)
@@ -317,8 +362,23 @@ class ProbeAudit:
         return {"ui": {"text": [json.dumps({"found": found})]}}
 
 
+class ProbeChoice:
+    """Return any text as a choice, which the host then does not check against the list."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "make", ("COMBO",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"text": ("STRING", {})}}
+
+    def make(self, text):
+        return (text,)
+
+
 NODE_CLASS_MAPPINGS = {
+    "ProbeChoice": ProbeChoice,
     "ProbeAudit": ProbeAudit,
+    "ProbeForward": ProbeForward,
     "ProbeHost": ProbeHost,
     "ProbeMemory": ProbeMemory,
     "ProbeShare": ProbeShare,
