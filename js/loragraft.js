@@ -5,7 +5,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { PANEL_HEIGHT, createPanel } from "./panel.js";
-import { BUSY, apply, end, finish, newRun, pack, unpack } from "./runs.js";
+import { BUSY, apply, begin, end, finish, newRun, pack, unpack } from "./runs.js";
 import { strings } from "./strings.js";
 import { addStyle } from "./style.js";
 
@@ -64,6 +64,10 @@ function listen() {
     promptNow = String(detail?.prompt_id ?? "");
     owners.clear();
   });
+  api.addEventListener("executing", ({ detail }) => {
+    const id = String(detail ?? "");
+    if (id && isOurs(id)) change(owners.get(id), id, begin);
+  });
   api.addEventListener("loragraft.train", ({ detail }) => {
     const id = String(detail?.node ?? "");
     if (detail?.workflow) owners.set(id, String(detail.workflow));
@@ -82,6 +86,7 @@ function listen() {
     const id = String(detail?.node_id ?? "");
     if (isOurs(id)) change(owners.get(id), id, (run) => end(run, "failed", detail?.exception_message));
   });
+  api.addEventListener("reconnected", recallQuietly);
   addEventListener("pagehide", () => sessionStorage.setItem(STORE, pack(runs)));
 }
 
@@ -89,7 +94,7 @@ function listen() {
 async function recall() {
   const open = trainNodes().filter(([id]) => {
     const run = runs.get(keyOf("", id));
-    return !run || (BUSY.includes(run.phase) && run.prompt !== promptNow);
+    return !run || BUSY.includes(run.phase);
   });
   if (!open.length) return;
   const history = await (await api.fetchApi("/history?max_items=32")).json();
@@ -105,6 +110,8 @@ async function recall() {
   }
   refresh();
 }
+
+const recallQuietly = () => recall().catch((error) => console.warn("LoraGraft: no history", error));
 
 function recallEnd(run, id, messages) {
   const error = messages.find(([kind, detail]) => kind === "execution_error" && String(detail?.node_id) === id);
@@ -175,6 +182,6 @@ app.registerExtension({
   },
   async afterConfigureGraph() {
     refresh();
-    await recall().catch((error) => console.warn("LoraGraft: no history", error));
+    await recallQuietly();
   },
 });

@@ -34,6 +34,7 @@ export function createPanel(words, imageUrl, onMore = () => {}) {
   const bar = make("div", "loragraft-bar");
   const fill = make("div", "loragraft-fill");
   bar.append(fill);
+  bar.setAttribute("role", "progressbar");
 
   const tiles = make("div", "loragraft-tiles");
   const values = {};
@@ -110,9 +111,11 @@ export function createPanel(words, imageUrl, onMore = () => {}) {
     if (run.phase === "encoding") phase.textContent += ` ${words[`what_${run.cache.what}`] ?? run.cache.what}`;
     head.title = BUSY.includes(run.phase) ? words.busy_tip : "";
     const { done, total } = run.phase === "encoding" ? run.cache : { done: run.step, total: run.total };
-    count.textContent = total ? `${run.phase === "encoding" ? "" : `${words.step} `}${done} / ${total}` : "";
+    count.textContent = total && run.phase !== "preparing" ? `${run.phase === "encoding" ? "" : `${words.step} `}${done} / ${total}` : "";
     if (run.phase === "training" && run.epoch) count.textContent = `${words.epoch} ${run.epoch} · ${count.textContent}`;
-    fill.style.width = `${(100 * progress(run)).toFixed(1)}%`;
+    const percent = (100 * progress(run)).toFixed(1);
+    fill.style.width = `${percent}%`;
+    bar.setAttribute("aria-valuenow", percent);
   }
 
   function showTiles() {
@@ -133,9 +136,11 @@ export function createPanel(words, imageUrl, onMore = () => {}) {
     hint.hidden = !(run.error || (empty && ["idle", "stopped"].includes(run.phase)));
     message.hidden = run.phase !== "stopped" || empty;
     logButton.hidden = empty;
-    chart.draw({ points: run.points, saves: run.saves, last: Math.max(run.total, 1) });
+    chart.draw({ points: run.points, saves: run.saves.map((save) => save.step), last: Math.max(run.total, 1) });
     showPoint(null);
-    const lines = [...run.lines, ...run.notes];
+    const zeros = run.saves.filter((save) => save.zero > 0);
+    const notes = [...zeros.map((save) => `${words.step} ${save.step}: ${words.zero} ${save.zero} / ${save.total}`), ...run.notes];
+    const lines = [...run.lines, ...notes];
     reportButton.hidden = lines.length === 0;
     const planned = empty && BUSY.includes(run.phase); // before the first step there is only the plan to show
     if (lines.length === 0) read(false);
@@ -144,7 +149,7 @@ export function createPanel(words, imageUrl, onMore = () => {}) {
     if (report.childElementCount !== lines.length || report.lastChild?.textContent !== lines[lines.length - 1]) {
       report.replaceChildren(
         ...run.lines.map((line) => make("p", "loragraft-line", line)),
-        ...run.notes.map((line) => make("p", "loragraft-line loragraft-note", line)),
+        ...notes.map((line) => make("p", "loragraft-line loragraft-note", line)),
       );
     }
   }

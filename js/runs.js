@@ -26,13 +26,14 @@ export function newRun() {
     seconds: 0,
     cache: { what: "", done: 0, total: 0 },
     samples: [], // {step, prompt, filename, subfolder, type}
-    saves: [], // steps
+    saves: [], // {step, zero, total}: zero of total tensors are all zero
     lines: [], // the plan in words
     notes: [],
     file: "",
     trigger: "",
     error: "",
     reused: false,
+    live: false, // this page has seen it train
     updated: 0,
   };
 }
@@ -48,8 +49,8 @@ const CHANGES = {
     const first = number(message.first_step);
     const kept = first > 1 ? { points: run.points.filter((p) => p.x <= first), mean: run.mean } : {};
     const samples = first > 1 ? run.samples.filter((s) => s.step <= first) : [];
-    const saves = first > 1 ? run.saves.filter((s) => s <= first) : [];
-    Object.assign(run, newRun(), kept, { samples, saves, prompt: run.prompt, phase: "preparing" });
+    const saves = first > 1 ? run.saves.filter((s) => s.step <= first) : [];
+    Object.assign(run, newRun(), kept, { samples, saves, prompt: run.prompt, phase: "preparing", live: true });
     run.total = number(message.total_steps);
     run.step = Math.max(0, first - 1);
     run.lines = list(message.lines).slice(0, MOST_LINES).map((line) => text(line));
@@ -65,9 +66,7 @@ const CHANGES = {
     addSample(run, message);
   },
   save(run, message) {
-    addSave(run, message.step);
-    const zero = number(message.zero_tensors);
-    if (zero > 0) run.notes.push(`step ${number(message.step)}: ${zero} of ${number(message.num_tensors)} tensors are all zero`);
+    addSave(run, message);
   },
   note(run, message) {
     run.notes = [...run.notes, text(message.text)].slice(-MOST_LINES);
@@ -81,6 +80,7 @@ function addStep(run, message) {
   const step = number(message?.step, -1);
   if (step < 0) return;
   run.phase = "training";
+  run.live = true;
   run.step = step;
   run.total = Math.max(number(message.total, run.total), step);
   run.epoch = number(message.epoch, run.epoch);
@@ -110,14 +110,21 @@ function addSample(run, image) {
 
 function addSave(run, save) {
   const step = number(typeof save === "object" && save !== null ? save.step : save, -1);
-  if (step >= 0 && !run.saves.includes(step)) run.saves.push(step);
+  if (step < 0 || run.saves.some((s) => s.step === step)) return;
+  run.saves.push({ step, zero: number(save?.zero_tensors), total: number(save?.num_tensors) });
+}
+
+/** ComfyUI has come to the node; until the plan arrives, the last run stays in sight. */
+export function begin(run) {
+  if (BUSY.includes(run.phase)) return run;
+  return Object.assign(run, { phase: "preparing", error: "", live: false });
 }
 
 /** Take over the payload that closes a run; it is also the node's last output, so it may come alone. */
 export function finish(run, done) {
-  const same = BUSY.includes(run.phase) || run.file === text(done?.file, 600);
-  if (!same) Object.assign(run, newRun(), { prompt: run.prompt }); // an earlier run's product, returned at once
+  if (!run.live && run.file !== text(done?.file, 600)) Object.assign(run, newRun(), { prompt: run.prompt }); // an earlier run's product, returned at once
   run.phase = "done";
+  run.live = false;
   run.file = text(done?.file, 600);
   run.trigger = text(done?.trigger);
   run.reused = done?.reused === true;
@@ -165,6 +172,7 @@ export function timing(run) {
 export function progress(run) {
   const { done, total } = run.phase === "encoding" ? run.cache : { done: run.step, total: run.total };
   if (run.phase === "done") return 1;
+  if (run.phase === "preparing") return 0;
   return total > 0 ? Math.min(1, Math.max(0, done / total)) : 0;
 }
 

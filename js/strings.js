@@ -2,6 +2,7 @@
 
 const TABLE = {
   en: {
+    zero: "tensors that are still all zero:",
     more: "More settings",
     less: "Fewer settings",
     what_images: "images",
@@ -39,6 +40,7 @@ const TABLE = {
     copied: "Copied",
   },
   zh: {
+    zero: "仍全为零的张量：",
     more: "更多设置",
     less: "收起设置",
     what_images: "图片",
@@ -76,6 +78,7 @@ const TABLE = {
     copied: "已复制",
   },
   "zh-TW": {
+    zero: "仍全為零的張量：",
     more: "更多設定",
     less: "收起設定",
     what_images: "圖片",
@@ -113,6 +116,7 @@ const TABLE = {
     copied: "已複製",
   },
   ru: {
+    zero: "тензоров, которые всё ещё равны нулю:",
     more: "Больше настроек",
     less: "Меньше настроек",
     what_images: "изображений",

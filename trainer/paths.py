@@ -10,15 +10,19 @@ from .errors import LoraGraftError
 
 MAX_COMPONENT = 120
 MAX_PATH = 200
-RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))}
-FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*]')
+NUMBERS = "0123456789\u00b9\u00b2\u00b3"  # Windows counts superscripts as digits here
+RESERVED = {"con", "prn", "aux", "nul", "conin$", "conout$"}
+RESERVED |= {f"{port}{i}" for port in ("com", "lpt") for i in NUMBERS}
+FORBIDDEN = re.compile(r'[\x00-\x1f\x7f-\x9f<>:"|?*]')
+# Line ends, marks that turn the order of letters round, and halves of surrogate pairs.
+MISLEADING = re.compile("[\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def safe_name(name: str, *, what: str = "name") -> str:
     """Return ``name`` if it can be a file name on every system, else raise LG-PATH-001.
 
     Refused: empty, separators, control characters, reserved device names, a leading or trailing
-    space or dot, more than 120 characters.
+    space or dot, more than 120 bytes in UTF-8.
     """
     reason = _name_fault(name)
     if reason:
@@ -88,6 +92,8 @@ def _name_fault(name: str, *, leading_dot: bool = False) -> str | None:
         return "it holds a path separator."
     if FORBIDDEN.search(name):
         return 'it holds a control character or one of < > : " | ? *.'
+    if MISLEADING.search(name):
+        return "it holds a character that cannot be seen or written."
     if (
         name in (".", "..")
         or name.endswith((".", " "))

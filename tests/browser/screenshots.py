@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MAX_BYTES = 300_000
 MARGIN = 24
 # Where no part of the page's own frame lies over the canvas.
-LEFT, TOP, RIGHT, BOTTOM = 110, 130, 60, 110
+LEFT, TOP, RIGHT, BOTTOM = 110, 200, 60, 110
 QUIET = {
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
@@ -86,7 +86,7 @@ def shoot(page: Any, scale: float = 1.0) -> Image.Image:
         {"width": round(LEFT + rect["width"] + RIGHT), "height": round(TOP + rect["height"] + BOTTOM)}
     )
     rect = page.ask("place(a[0], a[1], a[2])", scale, LEFT, TOP)
-    page.raw.mouse.move(5, 5)
+    page.raw.mouse.move(LEFT - MARGIN - 20, TOP + 300)
     clip = {k: rect[k] - MARGIN for k in ("x", "y")} | {k: rect[k] + 2 * MARGIN for k in ("width", "height")}
     return Image.open(io.BytesIO(page.raw.screenshot(clip=clip)))
 

@@ -133,21 +133,30 @@ def test_native_training_nodes_take_the_outputs(server: Comfy, demo: DemoRun) ->
 
 
 def test_a_finished_run_is_returned_within_a_second(server: Comfy, demo: DemoRun) -> None:
-    changed = {
-        **demo.prompt["train"],
-        "inputs": {**demo.prompt["train"]["inputs"], "training_comment": "other"},
-    }
-    graph = {**prompts.train_prompt(), "train": changed}  # other widgets: ComfyUI runs the node again
+    server.run(prompts.native_prompt(None, prefix="other"))  # ComfyUI forgets the outputs of the graph before
+    graph = {**prompts.train_prompt(), "train": demo.prompt["train"]}
     stamp = demo.file.stat().st_mtime_ns
     begun = time.monotonic()
-    outputs = server.run(graph)
+    entry = server.wait(server.queue(graph))
     seconds = time.monotonic() - begun
-    done = outputs["train"]["loragraft"][0]
+    cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+    assert "train" not in cached, "the node itself has to return at once"
+    done = entry["outputs"]["train"]["loragraft"][0]
     assert done["reused"] and done["file"] == demo.file.name and done["seconds"] < 1
     assert [s for s, _ in done["losses"]] == [1, 2, 3, 4, 5, 6]
     assert {s["step"] for s in done["samples"]} == {3, 6}
     assert demo.file.stat().st_mtime_ns == stamp
     assert seconds < 5, "the node takes less than one; the rest is the queue on a busy machine"
+
+
+def test_another_comment_trains_nothing_anew(server: Comfy) -> None:
+    settings: dict[str, Any] = {"output_name": "commented", "max_train_steps": 2, "seed": 13}
+    server.run(prompts.train_prompt(**settings))
+    outputs = server.run(prompts.train_prompt(**settings, training_comment="second thoughts"))
+    done = outputs["train"]["loragraft"][0]
+    assert done["reused"] and done["file"] == "commented.safetensors"
+    metadata = api.lora_metadata(server.base / "models/loras/commented.safetensors")
+    assert metadata["ss_training_comment"] == "second thoughts"
 
 
 def test_the_cached_graph_costs_nothing(server: Comfy, demo: DemoRun) -> None:

@@ -1,11 +1,13 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { apply, clock, end, finish, newRun, pack, progress, timing, unpack } from "../../js/runs.js";
+import { apply, begin, clock, end, finish, newRun, pack, progress, timing, unpack } from "../../js/runs.js";
 import { LOCALES, strings } from "../../js/strings.js";
 
 const steps = (from, to, loss = (i) => 1 / i) =>
   Array.from({ length: to - from + 1 }, (_, i) => ({ step: from + i, total: 40, epoch: 1, loss: loss(from + i), lr: 1e-4, seconds: 0.5 }));
+
+const stepsOf = (run) => run.saves.map((save) => save.step);
 
 test("a run from plan to product", () => {
   const run = newRun();
@@ -24,7 +26,7 @@ test("a run from plan to product", () => {
   apply(run, { kind: "note", text: "hello" });
   apply(run, { kind: "step", steps: steps(21, 40) });
   apply(run, { kind: "done", file: "loras/a.safetensors", losses: [[1, 1], [40, 0.1]], saves: [20, 40], trigger: "sks" });
-  assert.deepEqual([run.phase, run.points.length, run.saves, run.samples.length, run.trigger], ["done", 40, [20, 40], 1, "sks"]);
+  assert.deepEqual([run.phase, run.points.length, stepsOf(run), run.samples.length, run.trigger], ["done", 40, [20, 40], 1, "sks"]);
   assert.equal(progress(run), 1);
 });
 
@@ -43,7 +45,7 @@ test("resuming keeps the line up to the checkpoint and replaces what is trained 
 test("the last output alone restores a finished run, whatever form its losses have", () => {
   const pairs = finish(newRun(), { file: "a", losses: [[10, 3], [20, 2]], saves: [{ step: 20 }], trigger: "t", step: 20, total_steps: 20 });
   assert.deepEqual(pairs.points.map((p) => [p.x, p.loss]), [[10, 3], [20, 2]]);
-  assert.deepEqual([pairs.saves, pairs.step, pairs.phase], [[20], 20, "done"]);
+  assert.deepEqual([stepsOf(pairs), pairs.step, pairs.phase], [[20], 20, "done"]);
   const bare = finish(newRun(), { file: "a", losses: [4, 3, 2, 1], saves: [] });
   assert.deepEqual(bare.points.map((p) => p.x), [1, 2, 3, 4]);
   const spread = finish(newRun(), { file: "a", losses: [4, 3, 2, 1], total_steps: 40, lrs: [1, 2, 3, 4] });
@@ -59,7 +61,7 @@ test("another finished run returned at once replaces the one shown; the same pay
   finish(run, payload);
   assert.equal(run.points.length, 40);
   finish(run, { file: "b.safetensors", losses: [[1, 9], [2, 8]], saves: [2], reused: true });
-  assert.deepEqual([run.points.length, run.saves, run.reused], [2, [2], true]);
+  assert.deepEqual([run.points.length, stepsOf(run), run.reused], [2, [2], true]);
 });
 
 test("stop and failure", () => {
@@ -69,9 +71,20 @@ test("stop and failure", () => {
   assert.deepEqual([end(run, "failed", "LG-RUN-001  x").phase, run.error], ["failed", "LG-RUN-001  x"]);
 });
 
-test("zero tensors at a save become a note", () => {
+test("zero tensors at a save are kept, from the messages or from the last payload", () => {
   const run = apply(newRun(), { kind: "save", step: 5, zero_tensors: 3, num_tensors: 9 });
-  assert.match(run.notes[0], /3 of 9/);
+  assert.deepEqual(run.saves, [{ step: 5, zero: 3, total: 9 }]);
+  assert.deepEqual(finish(newRun(), { file: "a", saves: [{ step: 5, zero_tensors: 3, num_tensors: 9 }] }).saves, run.saves);
+});
+
+test("queueing again shows at once that work begins, and does not mix the old run into another", () => {
+  const run = apply(newRun(), { kind: "step", steps: steps(1, 40) });
+  finish(run, { file: "a.safetensors", losses: [[40, 1]] });
+  assert.equal(begin(run).phase, "preparing");
+  assert.equal(run.points.length, 40, "the old line stays in sight");
+  finish(run, { file: "b.safetensors", losses: [[1, 9], [2, 8]], reused: true });
+  assert.equal(run.points.length, 2);
+  assert.equal(begin(apply(newRun(), { kind: "step", steps: steps(1, 3) })).phase, "training", "a running one goes on");
 });
 
 test("no message can break a run: wrong kinds, wrong types, huge lists", () => {

@@ -30,7 +30,7 @@ class Disk:
         self.calls: list[tuple[str, str]] = []
         self.dead = False
         self._dirty: set[int] = set()
-        self._renames: list[tuple[Path, Path]] = []
+        self._renames: list[tuple[Path, Path, bytes | None]] = []
 
     # ---- the fault ----
 
@@ -51,9 +51,11 @@ class Disk:
         for path in [p for p in self.root.rglob("*") if p.is_file()]:
             if path.stat().st_ino in self._dirty:
                 os.truncate(path, path.stat().st_size // 2)
-        for source, target in reversed(self._renames if lose_renames else []):
+        for source, target, old in reversed(self._renames if lose_renames else []):
             if target.exists() and source.parent.exists() and not source.exists():
                 target.rename(source)
+                if old is not None:
+                    target.write_bytes(old)
 
     # ---- the calls ----
 
@@ -94,8 +96,9 @@ class Disk:
     def _renamer(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(source: Path, target: Path) -> Path:
             self.reached("rename", target)
+            old = target.read_bytes() if target.is_file() else None
             result = real(source, target)
-            self._renames.append((source, Path(target)))
+            self._renames.append((source, target, old))
             return result
 
         return call

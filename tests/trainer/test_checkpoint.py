@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,12 @@ def content(step: int) -> tuple[Any, ...]:
 
 def save(folder: Path, step: int) -> checkpoint.Checkpoint:
     return RunFolder(folder).save(*content(step))
+
+
+@pytest.fixture(autouse=True)
+def no_real_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real syncs take their time, and no real power is cut."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +315,8 @@ def test_a_damaged_checkpoint_is_not_listed(history: Path, tmp_path: Path, name:
     "manifest",
     [
         {}, [], None, "text", {LORA: {}}, {LORA: 1, INFO: 2}, {"../../x": {"size": 0, "sha256": ""}},
-        {LORA: None, INFO: None, STATE: None}, {LORA: {"size": -1, "sha256": None}, INFO: {"size": 1, "sha256": []}},
+        {LORA: None, INFO: None, STATE: None},
+        {LORA: {"size": -1, "sha256": None}, INFO: {"size": 1, "sha256": []}},
     ],
 )  # fmt: skip
 def test_a_manifest_of_any_content_is_not_believed(history: Path, tmp_path: Path, manifest: Any) -> None:

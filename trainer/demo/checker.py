@@ -75,7 +75,7 @@ def best_shape(mask: np.ndarray, box: tuple[int, int, int, int]) -> str:
     """Give the shape whose outline, fitted to the box, overlaps the mask best (IoU)."""
     x0, y0, x1, y1 = box
     crop = mask[y0:y1, x0:x1]
-    scores = {}
+    scores: dict[str, float] = {}
     for shape in SHAPES:
         for grow in (0.0, 0.6):
             fitted = (-grow, -grow, x1 - x0 + grow, y1 - y0 + grow)

@@ -83,7 +83,7 @@ def random_scene(
         shape, color = SHAPES[rng.integers(len(SHAPES))], COLORS[rng.integers(len(COLORS))]
         background = COLORS[(COLORS.index(color) + rng.integers(1, len(COLORS))) % len(COLORS)]
     else:
-        shape, color, background = combos[rng.integers(len(combos))]
+        shape, color, background = combos[int(rng.integers(len(combos)))]
     return Scene(
         shape,
         color,

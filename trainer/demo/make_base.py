@@ -22,9 +22,9 @@ from .train_decoder import train_decoder
 from .train_unet import train_unet
 from .train_vae import train_vae
 
-VAE_STEPS = 2000
-DECODER_STEPS = 2000
-UNET_STEPS = 5000
+VAE_STEPS = 3400
+DECODER_STEPS = 1100
+UNET_STEPS = 4200
 
 
 def _arguments() -> argparse.Namespace:

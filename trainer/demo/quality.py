@@ -69,7 +69,7 @@ def measure_base(
     hits = np.array([read_scene(image).agrees(scene) for image, scene in zip(images, scenes, strict=True)])
     small = np.array([scene.size == "small" for scene in scenes])
     tags = np.array([i // 56 % 2 == 0 for i in range(count)])
-    right = hits.all(1)
+    right = np.logical_and(hits[:, 0], hits[:, 1])
 
     def share(values: np.ndarray) -> float:
         return round(float(values.mean()), 4)

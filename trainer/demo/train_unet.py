@@ -88,7 +88,8 @@ def pick_batch(pool: list[PoolGroup], seed: int, step: int) -> tuple[torch.Tenso
 def update_ema(ema: torch.nn.Module, live: torch.nn.Module, step: int) -> None:
     """Move the averaged weights towards the live ones; early on faster, to forget the random start."""
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
-    averaged, current = list(ema.parameters()), list(live.parameters())
+    averaged: list[torch.Tensor] = list(ema.parameters())
+    current: list[torch.Tensor] = list(live.parameters())
     torch._foreach_lerp_(averaged, current, 1 - decay)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import re
+import sys
 from pathlib import Path
 
 import comfy.lora
@@ -49,7 +51,8 @@ class ProbeDelta:
 
 
 class ProbeResident:
-    """Report the process's memory in MiB after a collection (Linux; else 0)."""
+    """Report memory in MiB after a collection: ``kept`` by the process, ``now`` once the C library has
+    returned what it only keeps, and the live tensors' (Linux; else 0)."""
 
     CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = "probe", "look", True, ()
 
@@ -63,12 +66,33 @@ class ProbeResident:
 
     def look(self, tag, after=None):
         gc.collect()
-        status = Path("/proc/self/status")
-        text = status.read_text() if status.exists() else ""
-        found = {k: int(v) / 1024 for k, v in re.findall(r"(VmRSS|VmHWM):\s+(\d+)", text)}
-        return {
-            "ui": {"text": [json.dumps({"now": found.get("VmRSS", 0.0), "peak": found.get("VmHWM", 0.0)})]}
+        kept = resident()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
+        report = {
+            "kept": kept["VmRSS"],
+            "now": resident()["VmRSS"],
+            "peak": kept["VmHWM"],
+            "tensors": live_tensors(),
         }
+        return {"ui": {"text": [json.dumps(report)]}}
+
+
+def resident() -> dict[str, float]:
+    status = Path("/proc/self/status")
+    text = status.read_text() if status.exists() else ""
+    found = {k: int(v) / 1024 for k, v in re.findall(r"(VmRSS|VmHWM):\s+(\d+)", text)}
+    return {"VmRSS": 0.0, "VmHWM": 0.0, **found}
+
+
+def live_tensors() -> float:
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in tensors
+        if t.device.type == "cpu"
+    }
+    return sum(storages.values()) / 2**20
 
 
 NODE_CLASS_MAPPINGS = {"ProbeDelta": ProbeDelta, "ProbeResident": ProbeResident}
