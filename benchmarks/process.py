@@ -19,8 +19,9 @@ VERSIONS = re.compile(rb"bench versions (\{.*\})")
 class Run:
     """What one process showed; lists hold one value a step after warm-up, ``losses`` one for every step.
 
-    ``others`` counts the CPUs that other work on the machine took meanwhile: above a few tenths, trust
-    ``cpu_seconds`` (with one thread) more than ``seconds``.
+    ``own_mib`` is the largest resident memory at a step's end without mapped files, whose pages the
+    system takes back when it needs them. ``others`` counts the CPUs that other work on the machine took
+    meanwhile: above a few tenths, trust ``cpu_seconds`` (with one thread) more than ``seconds``.
     """
 
     trainer: str
@@ -32,7 +33,7 @@ class Run:
     cpu_seconds: list[float] = field(default_factory=list)
     seconds_to_first_step: float = 0.0
     peak_mib: float = 0.0
-    steady_mib: float = 0.0
+    own_mib: float = 0.0
     others: float = 0.0
 
     @property
@@ -74,7 +75,8 @@ def measure(
         step = int(found[1])
         if step not in times:
             times[step], cpu[step], machine[step] = now, cpu_time(process.pid), cpu_time()
-            run.peak_mib, run.steady_mib = memory(process.pid)
+            run.peak_mib, own = memory(process.pid)
+            run.own_mib = max(run.own_mib, own)
         if found[3]:
             losses[step] = float(found[3])
     if process.wait() != 0 or len(times) < warmup + 2:
@@ -96,7 +98,7 @@ def _lines(process: subprocess.Popen[bytes], log: Path) -> Iterator[tuple[float,
     """
     assert process.stdout is not None
     rest = b""
-    with log.open("wb") as copy:
+    with log.open("wb", buffering=0) as copy:
         while chunk := os.read(process.stdout.fileno(), 65536):
             now = time.perf_counter()
             copy.write(chunk)
@@ -106,13 +108,13 @@ def _lines(process: subprocess.Popen[bytes], log: Path) -> Iterator[tuple[float,
 
 
 def memory(pid: int) -> tuple[float, float]:
-    """Return a process's peak and present resident memory in MiB (Linux; else 0)."""
+    """Return the peak resident memory and the present one without mapped files, in MiB (Linux; else 0)."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0.0, 0.0
-    found = dict(re.findall(r"(VmHWM|VmRSS):\s+(\d+)", text))
-    return int(found.get("VmHWM", 0)) / 1024, int(found.get("VmRSS", 0)) / 1024
+    found = dict(re.findall(r"(VmHWM|RssAnon):\s+(\d+)", text))
+    return int(found.get("VmHWM", 0)) / 1024, int(found.get("RssAnon", 0)) / 1024
 
 
 def cpu_time(pid: int | None = None) -> float:

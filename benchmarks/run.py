@@ -118,7 +118,7 @@ def table(runs: list[Run]) -> list[dict[str, Any]]:
                 "cpu_seconds_per_step": median(s for r in mine for s in r.cpu_seconds),
                 "ours_over_this_by_cpu_time": median(cpu_ratios) if cpu_ratios else math.nan,
                 "peak_mib": max(r.peak_mib for r in mine),
-                "steady_mib": max(r.steady_mib for r in mine),
+                "own_mib": max(r.own_mib for r in mine),
                 "seconds_to_first_step": median(r.seconds_to_first_step for r in mine),
                 "others_cpus": max(r.others for r in mine),
             }
@@ -130,7 +130,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
     print(
         f"{'trained':<10} {'trainer':<10} {'steps/s':>8} {'s/step':>7} {'ours/this':>9}  {'by turn':<20}"
-        f"{'CPU s/step':>10} {'ratio':>6} {'peak MiB':>9} {'steady':>7} {'to step 1':>9} {'other CPUs':>10}"
+        f"{'CPU s/step':>10} {'ratio':>6} {'peak MiB':>9} {'own':>7} {'to step 1':>9} {'other CPUs':>10}"
     )
     for r in rows:
         turns = " ".join(f"{x:.2f}" for x in r["ours_over_this_by_turn"])
@@ -139,7 +139,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{r['steps_per_second']:>8.4f} {r['seconds_per_step']:>7.3f} "
             f"{r['ours_over_this']:>8.2f}x  {turns:<20}"
             f"{r['cpu_seconds_per_step']:>10.3f} {r['ours_over_this_by_cpu_time']:>5.2f}x "
-            f"{r['peak_mib']:>9.0f} {r['steady_mib']:>7.0f} "
+            f"{r['peak_mib']:>9.0f} {r['own_mib']:>7.0f} "
             f"{r['seconds_to_first_step']:>8.1f}s {r['others_cpus']:>10.2f}"
         )
 

@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer.loop",),
     ("trainer.run", "trainer.publish"),
     (
+        "trainer.demo",
         "trainer.draw",
         "trainer.inputs",
         "trainer.metadata",
@@ -41,7 +42,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "trainer.optim",
         "trainer.checkpoint",
         "trainer.checks",
-        "trainer.demo",
     ),
     (
         "trainer.objective",

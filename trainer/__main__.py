@@ -9,7 +9,7 @@ import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from . import api
@@ -30,7 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except LoraGraftError as error:
         print(error, file=sys.stderr)
-        return 1
+    except OSError as error:
+        print(_unreachable(error), file=sys.stderr)
+    return 1
+
+
+def _unreachable(error: OSError) -> LoraGraftError:
+    return LoraGraftError(
+        "LG-CLI-003",
+        "A file cannot be read or written.",
+        where=str(error.filename or "unknown file"),
+        why=f"{error.strerror or error}.",
+        fix="check the path, the free space and the rights on its folder",
+    )
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -45,8 +57,7 @@ def _train(arguments: argparse.Namespace) -> int:
     events = api.train(
         base, train_set, train_config, places=places, device=arguments.device, fresh=arguments.fresh
     )
-    stop = _StopFlag()
-    with ProgressLine(sys.stderr) as line:
+    with _StopFlag() as stop, ProgressLine(sys.stderr) as line:
         for event in events:
             line.show(event)
             if stop.wanted:
@@ -64,8 +75,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _dataset(arguments: argparse.Namespace) -> int:
     settings, _, data_path = _settings(arguments)
-    names = {f.name for f in dataclasses.fields(DatasetConfig)}
-    config = api.make(DatasetConfig, {k: v for k, v in settings.items() if k in names}, where="command line")
+    config, _ = api.make_both(settings, where=str(arguments.config or "command line"))
     folder = api.demo_dataset() if data_path == "demo" else Path(data_path)
     dataset = api.scan_folder(folder, on_bad=arguments.on_bad, class_tokens=arguments.class_tokens)
     print("\n".join((*dataset.lines, *api.build_train_set(dataset, config).lines)))
@@ -118,11 +128,20 @@ class _StopFlag:
 
     def __init__(self) -> None:
         self.wanted = False
-        signal.signal(signal.SIGINT, self._on_signal)
+
+    def __enter__(self) -> _StopFlag:
+        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.wanted:
+            raise KeyboardInterrupt
         self.wanted = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 # Settings of the command line that are no training settings, with kohya's names where it has them.
@@ -134,8 +153,7 @@ def _settings(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, str]:
     settings: dict[str, Any] = {}
     if arguments.config:
         try:
-            with Path(arguments.config).open("rb") as file:
-                loaded = tomllib.load(file)
+            loaded = tomllib.loads(Path(arguments.config).read_text(encoding="utf-8-sig"))
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise LoraGraftError(
                 "LG-CLI-001",
@@ -172,10 +190,14 @@ def _flags() -> dict[str, tuple[type, Any]]:
 
 
 def _literal(text: str) -> Any:
-    """Read a flag's value as TOML does (512, 1e-4, true, [512, 768]), else as text."""
+    """Read a flag's value as TOML does (512, 1e-4, true, [512, 768]), or as a number (.5), else as text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
         return text
 
 
@@ -202,13 +224,13 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--fresh", action="store_true", help="set an earlier run of the same settings aside"
             )
-        for flag, (cls, _) in _flags().items():
+        for flag, (cls, hint) in _flags().items():
             if run is _train or cls is DatasetConfig:
                 info = info_of(cls, flag)
-                plural = typing.get_origin(typing.get_type_hints(cls)[flag]) is tuple
+                plural = typing.get_origin(hint) is tuple
                 command.add_argument(
                     f"--{flag}",
-                    type=str if plural else _literal,
+                    type=str if plural or hint is str else _literal,
                     nargs="+" if plural else None,
                     help=info.help.replace("%", "%%")
                     + (f" One of: {', '.join(info.choices)}." if info.choices else ""),

@@ -66,6 +66,8 @@ def grid(
     title: str = "",
 ) -> Image.Image:
     """Lay images out in labelled rows and columns; all cells take the size of the largest."""
+    row_labels, column_labels = [_shown(r) for r in row_labels], [_shown(c) for c in column_labels]
+    title = _shown(title)
     width = max(im.width for row in cells for im in row)
     height = max(im.height for row in cells for im in row)
     font = _font(max(11, min(22, height // 12)), [title, *row_labels, *column_labels])
@@ -166,6 +168,11 @@ def _font(size: int, texts: Iterable[str] = ()) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
     assert isinstance(font, ImageFont.FreeTypeFont)  # the kind that load_default gives for a size
     return font
+
+
+def _shown(text: str) -> str:
+    """Return the text without what cannot be drawn: control characters, and halves of letters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:

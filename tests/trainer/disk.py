@@ -109,7 +109,9 @@ class Disk:
             self.reached("sync folder", self.root)
             if self.syncs_folders:
                 gone = [p for p in self._renames if not p[1].parent.exists()]
-                here = [p for p in self._renames if p not in gone and p[1].parent.stat().st_ino == info.st_ino]
+                here = [
+                    p for p in self._renames if p not in gone and p[1].parent.stat().st_ino == info.st_ino
+                ]
                 self._renames = [p for p in self._renames if p not in gone + here]
         else:
             self.reached("sync file", self.root)

@@ -29,8 +29,9 @@ KOHYAS_KEYS = {
     "ss_total_batch_size", "ss_training_comment", "ss_unet_lr", "ss_v2", "sshs_model_hash",
 }  # fmt: skip
 MODELSPEC_KEYS = {
-    f"modelspec.{name}" for name in ("sai_model_spec", "architecture", "implementation", "title", "resolution",
-                                     "prediction_type", "trigger_phrase", "encoder_layer", "hash_sha256")
+    "modelspec.architecture", "modelspec.encoder_layer", "modelspec.hash_sha256", "modelspec.implementation",
+    "modelspec.prediction_type", "modelspec.resolution", "modelspec.sai_model_spec", "modelspec.title",
+    "modelspec.trigger_phrase",
 }  # fmt: skip
 
 
@@ -173,8 +174,7 @@ def test_two_machines_make_the_same_file(
 def test_no_file_of_the_product_names_a_path_a_user_or_a_host(
     finished: api.Finished, places: api.Places, images: Path, checkpoint: Path
 ) -> None:
-    told = {k: v for k, v in api.lora_metadata(finished.lora_file).items()}
-    text = json.dumps(told, ensure_ascii=False)
+    text = json.dumps(api.lora_metadata(finished.lora_file), ensure_ascii=False)
     private = [str(places.runs.parent), str(images), str(images.parent), checkpoint.stem, str(Path.home())]
     private += [socket.gethostname(), f"/{getpass.getuser()}/", time.strftime("%Y-%m-%d")]
     assert not [p for p in private if p and p in text]
