@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loragraft_tests.trainer import runs, tiny
+import torch
+from safetensors.torch import load_file
 
 from loragraft.trainer import api
+from loragraft_tests.trainer import runs, tiny
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +43,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_set(images: Path) -> Any:
     """Return the images as they are trained: four batches an epoch at batch size 3, one of them partial."""
     return runs.train_set(images)
+
+
+@pytest.fixture
+def training(base: api.Base, train_set: api.TrainSet, places: api.Places) -> runs.Training:
+    """Return runs on the shared base and images, in fresh folders."""
+    return runs.Training(base, train_set, places)
+
+
+@pytest.fixture(scope="session")
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return the tiny base's weights under single-file names, fp16."""
+    return load_file(checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from loragraft.trainer import api
+from loragraft.trainer.data.batches import Batch, plan_epoch
 
 Kind = TypeVar("Kind")
 SMALL_BUCKETS = {"resolution": 32, "min_bucket_reso": 16, "max_bucket_reso": 64, "bucket_reso_steps": 8}
@@ -42,6 +44,12 @@ class Training:
     base: api.Base
     train_set: api.TrainSet
     places: api.Places
+
+    def elsewhere(self, name: str, **changes: Any) -> Training:
+        """Return the same runs in other folders, beside these."""
+        root = self.places.runs.parent / name
+        places = api.Places(root / "runs", root / "loras", root / "cache")
+        return dataclasses.replace(self, places=places, **changes)
 
     def start(self, *, workflow: str | None = None, fresh: bool = False, **changes: Any) -> Any:
         """Return the run's generator of events."""
@@ -81,6 +89,17 @@ def only(events: list[api.Event], kind: type[Kind]) -> Kind:
     """Return the one event of this kind."""
     (event,) = of(events, kind)
     return event
+
+
+def losses(events: list[api.Event]) -> list[float]:
+    """Return the loss of every step."""
+    return [event.loss for event in of(events, api.Step)]
+
+
+def epoch_parts(train_set: api.TrainSet, epoch: int, accumulation: int) -> list[list[Batch]]:
+    """Return the epoch's batches at seed 42 and batch size 3, as many to a step as are accumulated."""
+    plan = plan_epoch(train_set, 3, 42, epoch)
+    return [plan[i : i + accumulation] for i in range(0, len(plan), accumulation)]
 
 
 def newest(run_folder: Path) -> Path:

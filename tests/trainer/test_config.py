@@ -8,8 +8,6 @@ import typing
 from typing import Any
 
 import pytest
-from loragraft_tests.trainer import runs
-from loragraft_tests.trainer.data_folders import Refusal
 
 from loragraft.trainer import api
 from loragraft.trainer.checks import make, make_both
@@ -25,6 +23,8 @@ from loragraft.trainer.config import (
 )
 from loragraft.trainer.errors import LoraGraftError
 from loragraft.trainer.optim import build_optimizer
+from loragraft_tests.trainer import runs
+from loragraft_tests.trainer.data_folders import Refusal
 
 BOTH: tuple[type, ...] = (DatasetConfig, TrainConfig)
 FIELDS = [(cls, f.name) for cls in BOTH for f in dataclasses.fields(cls)]

@@ -1,4 +1,4 @@
-"""Noise, targets and weights: the reference's numbers, the papers' identities, and draws that nothing disturbs."""
+"""Noise, targets and weights: the reference's numbers, the papers' identities, undisturbed draws."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from loragraft_tests.trainer.data_folders import golden
 
 from loragraft.trainer.objective import NoiseSchedule, diffusion_loss, generator, min_snr_weight
+from loragraft_tests.trainer.data_folders import golden
 
 REFERENCE = golden("snr_weights")
 T = torch.tensor(REFERENCE["timesteps"])

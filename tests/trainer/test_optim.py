@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from loragraft_tests.trainer import runs
-from loragraft_tests.trainer.data_folders import Refusal, golden
 
 from loragraft.trainer.config import LR_SCHEDULERS
 from loragraft.trainer.optim import (
@@ -18,6 +16,8 @@ from loragraft.trainer.optim import (
     set_learning_rates,
     warmup_steps,
 )
+from loragraft_tests.trainer import runs
+from loragraft_tests.trainer.data_folders import Refusal, golden
 
 REFERENCE = golden("lr_schedulers")
 CASES = [case for case in REFERENCE["cases"] if case["args"]["lr_scheduler"] in LR_SCHEDULERS]

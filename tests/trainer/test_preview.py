@@ -46,8 +46,8 @@ def test_ranges(text: str, values: list[float]) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", ",", "1,", "a", "1-2 [0]", "1-2 [101]", "1-2 [-1]", "1-2 [x]", "1-2 [", "1..2-3", "-", "1-", "nan",
-     "inf", "1e999", "0-inf", "5000", "1-2-3", "0x10", "1;2", "0, 1 2", "1-2 [99999999999999999999]",
+    ["", " ", ",", "1,", "a", "1-2 [0]", "1-2 [101]", "1-2 [-1]", "1-2 [x]", "1-2 [", "1..2-3", "-", "1-",
+     "nan", "inf", "1e999", "0-inf", "5000", "1-2-3", "0x10", "1;2", "0, 1 2", "1-2 [99999999999999999999]",
      ",".join(map(str, range(101))), "__import__('os')", "1" * 5000],
     ids=lambda t: t[:20] or "empty",
 )  # fmt: skip
@@ -98,7 +98,7 @@ def test_every_image_is_whole_and_in_its_place() -> None:
 
 
 LABELS: list[list[str]] = [
-    ["\u4e00\u4e2a\u5973\u5b69, \u6234\u5e3d\u5b50", "\u0434\u0435\u0432\u0430 \U0001f600 \u5973\u306e\u5b50"],
+    ["\u4e00\u4e2a\u5973\u5b69, \u6234\u5e3d", "\u0434\u0435\u0432\u0430 \U0001f600 \u5973\u306e\u5b50"],
     ["", ""],
     ["word " * 80, "x" * 400],
     ["line\nbreak\ttab", "\u202eright to left \u0634\u0645\u0633"],

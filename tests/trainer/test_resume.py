@@ -234,9 +234,8 @@ import conftest
 from loragraft_tests.trainer import runs
 from loragraft.trainer import api
 root, images, base, tokenizer = map(Path, sys.argv[1:])
-training = runs.Training(
-    api.open_base(base, tokenizer=tokenizer), runs.train_set(images), api.Places(root / "runs", root / "loras", root / "cache")
-)
+places = api.Places(root / "runs", root / "loras", root / "cache")
+training = runs.Training(api.open_base(base, tokenizer=tokenizer), runs.train_set(images), places)
 for event in training.start(max_train_steps=40, save_every_n_steps=1):
     print(type(event).__name__, flush=True)
 """
@@ -245,10 +244,8 @@ for event in training.start(max_train_steps=40, save_every_n_steps=1):
 @pytest.fixture
 def command(tmp_path: Path, images: Path, checkpoint: Path, tokenizer: Path) -> Iterator[list[str]]:
     """Return the command line of another process that trains."""
-    yield [
-        sys.executable, "-c", CHILD.format(tests=str(ROOT / "tests")), str(tmp_path), str(images), str(checkpoint),
-        str(tokenizer),
-    ]  # fmt: skip
+    child = CHILD.format(tests=str(ROOT / "tests"))
+    yield [sys.executable, "-c", child, *map(str, (tmp_path, images, checkpoint, tokenizer))]
 
 
 @pytest.mark.slow

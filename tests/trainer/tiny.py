@@ -1,4 +1,4 @@
-"""A tiny random model of SD1.x's structure, its tokenizer, and a small image folder: mechanics, not quality."""
+"""A tiny random model of SD1.x's structure, its tokenizer, and a small image folder."""
 
 from __future__ import annotations
 
