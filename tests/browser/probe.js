@@ -95,6 +95,12 @@
       const [done, total] = (panel(id)?.querySelector(".loragraft-count")?.textContent.match(/(\d+) \/ (\d+)/) ?? []).slice(1).map(Number);
       return panel(id)?.dataset.phase === "training" && done > total * 0.6;
     },
+    /** The node shows its output images, and every image of the page is loaded. */
+    showsImages: (id) =>
+      (LiteGraph.vueNodesMode
+        ? Boolean(document.querySelector(`[data-node-id="${id}"] img`))
+        : Boolean(node(id).imgs?.length && node(id).imgs.every((i) => i.complete))) &&
+      [...document.images].every((i) => i.complete),
     hasImages: (id) => Boolean(app.nodeOutputs[id]?.images?.length),
     /** Nothing is queued and nothing runs. */
     idle: async () => {

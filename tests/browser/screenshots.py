@@ -103,11 +103,13 @@ def train_demo(page: Any, graph: dict[str, Any], seed: int, at_half: Callable[[]
     page.ask("put(a[0], a[1])", train, {"seed": seed})
     page.frame()
     page.queue()
-    page.wait("halfway(a[0])", train, timeout_s=600)
+    page.wait("halfway(a[0])", train, timeout_s=1800)
     at_half()
-    page.wait("phase(a[0]) === 'done'", train, timeout_s=600)
-    page.wait("hasImages(a[0])", preview, timeout_s=600)
+    page.wait("phase(a[0]) === 'done'", train, timeout_s=1800)
+    page.wait("hasImages(a[0])", preview, timeout_s=1800)
     page.wait("idle()", timeout_s=60)
+    page.frame()
+    page.wait("showsImages(a[0]) && probe.showsImages(a[1])", train, preview)
     grid: dict[str, Any] = page.ask("app.nodeOutputs[a[0]].images[0]", preview)
     return grid
 

@@ -55,6 +55,7 @@ def test_the_demo_runs_live_and_is_kept(open_comfy: Open, nodes2: bool) -> None:
         page.wait("saves(a[0]) === 2 && probe.samples(a[0]) >= 1", train)
         page.wait("hasImages(a[0])", preview, timeout_s=180)
         page.frame()
+        page.wait("showsImages(a[0])", preview)
         page.shoot(f"demo-done-{nodes2}")
         shown = page.ask("text(a[0])", train)
         assert f"live_{nodes2}.safetensors".lower() in shown and f"Step {steps} / {steps}" in shown
