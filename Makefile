@@ -26,7 +26,7 @@ PIP = $(PY) -m pip --disable-pip-version-check
 PYTEST = $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-comfy test-full check check-deps bench fmt screenshots package
+.PHONY: help setup demo test test-comfy test-full test-fuzz check check-deps bench fmt screenshots package
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' Makefile | expand -t 14
@@ -67,6 +67,9 @@ test-comfy: $(VENV)/.ready $(HOST)  ## only the tests in a real ComfyUI and brow
 
 test-full: $(VENV)/.ready $(HOST)  ## only the slow tests: full-size models, more characters
 	$(PYTEST) -m "(slow or full) and not network"
+
+test-fuzz: $(VENV)/.ready  ## ten times as many cases in the property and fuzz tests
+	LORAGRAFT_FUZZ=1 $(PYTEST) tests/trainer tests/nodes
 
 check: $(VENV)/.ready  ## ruff, mypy, floors, what ships
 	$(PY) -m ruff check .

@@ -15,8 +15,9 @@ class LoraGraftExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes; ComfyUI itself would reduce a failure to one line."""
         try:
-            from .dataset import BuildDataset, LoadImageFolder
+            from .build_dataset import BuildDataset
             from .demo_base import LoadDemoBase
+            from .load_folder import LoadImageFolder
             from .preview import PreviewWithLoRA
             from .train import TrainLoRA
         except Exception:

@@ -10,7 +10,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import widgets
-from .dataset import TrainSet
+from .sockets import TrainSet
 
 log = logging.getLogger("loragraft")
 

@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nodes",),
     ("nodes.host", "nodes.host_demo", "nodes.host_sampling", "nodes.host_weights"),
     ("trainer.__main__", "trainer.demo.run"),
+    ("trainer.commands",),
     ("trainer.api",),
     ("trainer.loop",),
     ("trainer.run", "trainer.publish"),

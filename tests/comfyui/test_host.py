@@ -10,6 +10,7 @@ import torch
 
 from loragraft.trainer import __main__ as cli
 from loragraft.trainer import api
+from loragraft.trainer.commands import train as train_command
 from loragraft_tests.comfyui import prompts
 from loragraft_tests.comfyui.harness import Comfy
 
@@ -137,14 +138,14 @@ def test_the_graph_and_the_command_line_give_the_same(server: Comfy, tmp_path: P
     ]
     status: list[int] = []
     # a main thread's signal handler is not wanted here, so the command's own is left out
-    cli_stop = cli._StopFlag
+    cli_stop = train_command.StopFlag
     try:
-        cli._StopFlag = lambda: type("Stop", (), {"wanted": False})()  # type: ignore[assignment, misc, return-value]
+        train_command.StopFlag = lambda: type("Stop", (), {"wanted": False})()  # type: ignore[assignment, misc, return-value]
         worker = threading.Thread(target=lambda: status.append(cli.main(arguments)))
         worker.start()
         worker.join()
     finally:
-        cli._StopFlag = cli_stop  # type: ignore[misc]
+        train_command.StopFlag = cli_stop  # type: ignore[misc]
     assert status == [0]
 
     ours = server.base / "models/loras/both_ways.safetensors"

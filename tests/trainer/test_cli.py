@@ -13,6 +13,8 @@ from PIL import Image
 
 from loragraft.trainer import __main__ as cli
 from loragraft.trainer import api
+from loragraft.trainer.commands import train
+from loragraft.trainer.commands.settings import read_settings
 from loragraft.trainer.events import Cached, Note, Planned, Saved, Step
 from loragraft.trainer.progress import ProgressLine, step_line
 from loragraft_tests.trainer import runs, tiny
@@ -97,18 +99,18 @@ def test_flags_are_read_as_what_their_setting_is() -> None:
     }
     arguments = [a for name, (text, _) in flags.items() for a in (f"--{name}", text)]
     arguments += ["--sample_prompts", "1", "a, b", "--optimizer_args", "eps=1e-9", "--train_data_dir", "d"]
-    parsed = cli._parser().parse_args(["train", *arguments, "--pretrained_model_name_or_path", "m"])
-    settings, base, data = cli._settings(parsed)
+    parsed = cli.parser().parse_args(["train", *arguments, "--pretrained_model_name_or_path", "m"])
+    settings, (base, data) = read_settings(parsed, "pretrained_model_name_or_path", "train_data_dir")
     assert {k: settings[k] for k in flags} == {k: value for k, (_, value) in flags.items()}
     assert settings["sample_prompts"] == ["1", "a, b"]
     assert settings["optimizer_args"] == ["eps=1e-9"]
     assert (base, data) == ("m", "d")
 
 
-@pytest.mark.parametrize("name", ["train", "dataset", "preview"])
+@pytest.mark.parametrize("name", ["train", "dataset report", "preview"])
 def test_help_is_printed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main([name, "--help"])
+        cli.main([*name.split(), "--help"])
     assert ended.value.code == 0
     assert "--" in capsys.readouterr().out
 
@@ -146,7 +148,7 @@ def test_a_second_ctrl_c_ends_at_once(command: list[str], monkeypatch: pytest.Mo
     ended: list[int] = []
     signal.signal(signal.SIGINT, lambda number, frame: ended.append(number))
     try:
-        with cli._StopFlag() as stop:
+        with train.StopFlag() as stop:
             signal.raise_signal(signal.SIGINT)
             assert stop.wanted and not ended
             with pytest.raises(KeyboardInterrupt):
@@ -164,18 +166,18 @@ def test_the_dataset_command_shows_what_would_be_trained(
     images: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     flags = TRAIN_FLAGS[:8]
-    assert cli.main(["dataset", "--train_data_dir", str(images), *flags]) == 0
+    assert cli.main(["dataset", "report", "--train_data_dir", str(images), *flags]) == 0
     shown = capsys.readouterr().out
     assert "4 images" in shown and "zibu" in shown and "32x32" in shown and "40x24" in shown
     file = tmp_path / "a.toml"
     file.write_text(
         "network_dim = 8\nresolution = 32\nmin_bucket_reso = 16\nbucket_reso_steps = 8\n", "utf-8"
     )
-    assert cli.main(["dataset", "--train_data_dir", str(images), "--config", str(file)]) == 0
+    assert cli.main(["dataset", "report", "--train_data_dir", str(images), "--config", str(file)]) == 0
     capsys.readouterr()
     file.write_text("resolutoin = 512\n", encoding="utf-8")
     refused(
-        ["dataset", "--train_data_dir", str(images), "--config", str(file)],
+        ["dataset", "report", "--train_data_dir", str(images), "--config", str(file)],
         capsys,
         "LG-CFG-001",
         "resolution",
@@ -213,7 +215,7 @@ def test_what_was_not_named_is_asked_for(capsys: pytest.CaptureFixture[str], ima
         ["train", "--train_data_dir", str(images)], capsys, "LG-CLI-002", "--pretrained_model_name_or_path"
     )
     refused(["train", "--pretrained_model_name_or_path", "x"], capsys, "LG-CLI-002", "--train_data_dir")
-    refused(["dataset"], capsys, "LG-CLI-002", "--train_data_dir")
+    refused(["dataset", "report"], capsys, "LG-CLI-002", "--train_data_dir")
 
 
 @pytest.mark.parametrize(

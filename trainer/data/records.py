@@ -27,8 +27,11 @@ class Record:
     """One image: where it lies and what belongs to it, never its pixels.
 
     ``name`` is the posix path relative to the dataset's root, the only path that may reach metadata;
-    ``size`` is (height, width) after EXIF orientation; ``concept`` is the folder's class words;
-    ``content_hash`` is the sha256 of the file's bytes.
+    ``size`` is (height, width) of what training sees: after EXIF orientation and ``crop``, which is
+    (left, top, right, bottom) in upright pixels. ``concept`` is the folder's class words; ``content_hash``
+    is the sha256 of the file's bytes. ``mask`` says where to learn (white: fully); it is ``path`` itself
+    where the picture's alpha channel does. Transparent parts lie on ``background``. ``overrides`` are the
+    DatasetConfig settings in which the record's subset differs from its train set.
     """
 
     path: Path
@@ -38,6 +41,13 @@ class Record:
     concept: str
     repeats: int
     content_hash: str
+    mask: Path | None = None
+    mask_hash: str = ""
+    crop: tuple[int, int, int, int] | None = None
+    background: tuple[int, int, int] = (255, 255, 255)
+    is_reg: bool = False
+    caption_source: str = ""
+    overrides: tuple[tuple[str, object], ...] = ()
 
 
 @dataclass(frozen=True)

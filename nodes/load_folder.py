@@ -1,4 +1,4 @@
-"""Load Image Folder and Build Dataset: from a folder of images to a frozen train set with its report."""
+"""Load Image Folder: from a folder to records of its images and captions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainer.errors import LoraGraftError
-from . import widgets
+from .sockets import Dataset
 
-Dataset = io.Custom("LORAGRAFT_DATASET")
-TrainSet = io.Custom("LORAGRAFT_TRAIN_SET")
 CAPTION_SUFFIXES = (".txt", ".caption")
 ON_BAD = ("stop", "skip")
 
@@ -109,39 +107,6 @@ class LoadImageFolder(io.ComfyNode):
             on_bad=on_bad if on_bad in ON_BAD else "stop",
         )
         return io.NodeOutput(dataset, "\n".join(dataset.lines))
-
-
-class BuildDataset(io.ComfyNode):
-    """Sort a dataset into buckets and fix how its captions are used."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LoraGraftBuildDataset",
-            display_name="Build Dataset",
-            category="LoraGraft/dataset",
-            description="Sorts images into buckets of similar aspect ratio and fixes how captions are used. "
-            "The "
-            "report shows every bucket, what is cropped and the captions before anything is trained.",
-            search_aliases=["buckets", "resolution", "shuffle caption", "training set"],
-            inputs=[
-                Dataset.Input("dataset", tooltip="From Load Image Folder."),
-                *widgets.inputs(io, widgets.dataset_widgets()),
-            ],
-            outputs=[
-                TrainSet.Output("train_set", display_name="train_set", tooltip="What Train LoRA trains on."),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Buckets, crops and captions in words."
-                ),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, dataset: Any, **values: Any) -> io.NodeOutput:
-        from ..trainer import api
-
-        train_set = api.build_train_set(dataset, widgets.dataset_config(values))
-        return io.NodeOutput(train_set, "\n".join(train_set.lines))
 
 
 def fingerprint(folder: Path, recursive: bool) -> str:

@@ -1,0 +1,8 @@
+"""The pack's own socket types: what flows between its nodes."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+Dataset = io.Custom("LORAGRAFT_DATASET")  # trainer.api.Dataset: paths and edits, never pixels
+TrainSet = io.Custom("LORAGRAFT_TRAIN_SET")  # trainer.api.TrainSet: frozen, with its report

@@ -1,0 +1,115 @@
+"""Settings of the command line: flags made from the config tables, and the TOML file they win over."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+from .. import api
+from ..config import DatasetConfig, TrainConfig, info_of
+from ..errors import LoraGraftError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - the same parser under its older name
+    import tomli as tomllib
+
+# Settings of the command line that are no training settings, with kohya's names where it has them.
+PLACES = {"pretrained_model_name_or_path": "base model", "train_data_dir": "image folder"}
+
+
+def read_settings(arguments: argparse.Namespace, *places: str) -> tuple[dict[str, Any], list[str]]:
+    """Merge the config file (tables flattened, as kohya does) and the flags, which win.
+
+    Returns the training settings and what was given for ``places`` (keys of PLACES), all of which are
+    needed. Raises LG-CLI-001 and LG-CLI-002.
+    """
+    settings: dict[str, Any] = {}
+    if arguments.config:
+        try:
+            loaded = tomllib.loads(Path(arguments.config).read_text(encoding="utf-8-sig"))
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise LoraGraftError(
+                "LG-CLI-001",
+                "The config file cannot be read.",
+                where=str(arguments.config),
+                why=str(error),
+                fix="check the path and the TOML at the named line; the file must be UTF-8",
+            ) from None
+        for key, value in loaded.items():
+            settings.update(value if isinstance(value, dict) else {key: value})
+    flags = config_flags()
+    settings.update({k: v for k, v in vars(arguments).items() if k in flags and v is not None})
+    given = {key: getattr(arguments, key, None) or settings.get(key) for key in PLACES}
+    for key in PLACES:
+        settings.pop(key, None)
+    for key in places:
+        if given[key] is None:
+            raise LoraGraftError(
+                "LG-CLI-002",
+                f"No {PLACES[key]} was named.",
+                where=f"--{key}",
+                why="there is nothing to train on.",
+                fix=f"add --{key} PATH, or 'demo' for the embedded one",
+            )
+    return settings, [str(given[key]) for key in places]
+
+
+def config_flags() -> dict[str, tuple[type, Any]]:
+    """Return every setting's dataclass and type by its name."""
+    flags: dict[str, tuple[type, Any]] = {}
+    for cls in (DatasetConfig, TrainConfig):
+        hints = typing.get_type_hints(cls)
+        flags.update({f.name: (cls, hints[f.name]) for f in dataclasses.fields(cls)})
+    return flags
+
+
+def add_config_flags(command: argparse.ArgumentParser, *classes: type) -> None:
+    """Give a command one flag for each setting of these dataclasses."""
+    for flag, (cls, hint) in config_flags().items():
+        if cls not in classes:
+            continue
+        info = info_of(cls, flag)
+        plural = typing.get_origin(hint) is tuple
+        command.add_argument(
+            f"--{flag}",
+            type=str if plural or hint is str else literal,
+            nargs="+" if plural else None,
+            help=info.help.replace("%", "%%")
+            + (f" One of: {', '.join(info.choices)}." if info.choices else ""),
+        )
+
+
+def literal(text: str) -> Any:
+    """Read a flag's value as TOML does (512, 1e-4, true, [512, 768]), or as a number (.5), else as text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def add_base_flags(command: argparse.ArgumentParser, *, required: bool) -> None:
+    """Give a command the flags that name a base model and a device."""
+    command.add_argument(
+        "--pretrained_model_name_or_path", required=required, help="base model file or folder, or 'demo'"
+    )
+    command.add_argument("--tokenizer", help="folder with vocab.json and merges.txt")
+    command.add_argument(
+        "--allow_download", action="store_true", help="let the tokenizer be fetched from the hub"
+    )
+    command.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
+
+
+def open_base(path: str, arguments: argparse.Namespace) -> api.Base:
+    """Open the base model that a command names; 'demo' is the embedded one."""
+    if path == "demo":
+        return api.open_demo_base()
+    return api.open_base(path, tokenizer=arguments.tokenizer, allow_download=arguments.allow_download)
