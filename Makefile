@@ -26,7 +26,7 @@ PIP = $(PY) -m pip --disable-pip-version-check
 PYTEST = $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-comfy test-full test-fuzz check check-deps bench fmt screenshots package
+.PHONY: help setup demo test test-comfy test-full test-gpu test-fuzz check check-deps bench fmt screenshots package
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' Makefile | expand -t 14
@@ -67,6 +67,9 @@ test-comfy: $(VENV)/.ready $(HOST)  ## only the tests in a real ComfyUI and brow
 
 test-full: $(VENV)/.ready $(HOST)  ## only the slow tests: full-size models, more characters
 	$(PYTEST) -m "(slow or full) and not network"
+
+test-gpu: $(VENV)/.ready $(HOST)  ## on a machine with a GPU: the GPU tests, and the tests in ComfyUI on that GPU
+	LORAGRAFT_HOST_DEVICE=gpu $(PYTEST) tests/gpu $(if $(COMFYUI_PATH),tests/comfyui)
 
 test-fuzz: $(VENV)/.ready  ## ten times as many cases in the property and fuzz tests
 	LORAGRAFT_FUZZ=1 $(PYTEST) tests/trainer tests/nodes

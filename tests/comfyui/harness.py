@@ -73,6 +73,11 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def on_gpu() -> bool:
+    """Say whether the server shall use the machine's GPU: LORAGRAFT_HOST_DEVICE=gpu, as `make test-gpu` sets."""
+    return os.environ.get("LORAGRAFT_HOST_DEVICE") == "gpu"
+
+
 class Comfy:
     """A running server. ``base`` is its scratch folder, ``url`` where a browser finds it."""
 
@@ -109,7 +114,7 @@ class Comfy:
             python(),
             str(HERE / "launch.py"),
             str(comfyui),
-            "--cpu",
+            *([] if on_gpu() else ["--cpu"]),
             "--listen",
             "127.0.0.1",
             "--port",
