@@ -32,13 +32,13 @@ DATASET: dict[str, Any] = {
     "keep_tokens": 1,
 }
 TRAINING: dict[str, Any] = {
-    "network_dim": 16,
-    "network_alpha": 16.0,
+    "network_dim": 32,
+    "network_alpha": 32.0,
     "learning_rate": 3e-3,
     "text_encoder_lr": 1e-3,
-    "max_train_steps": 240,
+    "max_train_steps": 300,
     "train_batch_size": 8,
-    "save_every_n_steps": 80,
+    "save_every_n_steps": 100,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 10,
     "min_snr_gamma": 5.0,
