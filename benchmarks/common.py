@@ -25,6 +25,9 @@ class Work:
     resolution: int
     text_encoder: bool
     batch_size: int = 1
+    device: str = "cpu"
+    precision: str = "fp32"
+    engine: str = "auto"
     rank: int = 32
     alpha: float = 16.0
     learning_rate: float = 1e-4

@@ -81,7 +81,7 @@ def command(work: Work) -> list[str]:
         "lr_scheduler": "constant",
         "max_grad_norm": 1.0,
         "max_train_steps": work.steps,
-        "mixed_precision": "no",
+        "mixed_precision": {"fp32": "no"}.get(work.precision, work.precision),
         "max_data_loader_n_workers": 0,
         "seed": work.seed,
     }

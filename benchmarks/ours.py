@@ -20,7 +20,7 @@ def main() -> None:
     train_set = api.build_train_set(api.scan_folder(work.images), data)
     out = Path(work.out)
     places = api.Places(runs=out / "runs", loras=out / "loras", cache=out / "cache")
-    for event in api.train(base, train_set, config, places=places, device="cpu"):
+    for event in api.train(base, train_set, config, places=places, device=work.device):
         if isinstance(event, api.Step):
             say_step(event.step, event.total_steps, event.loss)
 
@@ -41,7 +41,8 @@ def settings(work: Work):  # type: ignore[no-untyped-def]
             "learning_rate": work.learning_rate,
             "lr_scheduler": "constant",
             "max_train_steps": work.steps,
-            "mixed_precision": "fp32",
+            "mixed_precision": work.precision,
+            "engine": work.engine,
             "seed": work.seed,
             "preview_image": False,
         }

@@ -26,16 +26,16 @@ def main() -> None:
     from loragraft.trainer import api
     from loragraft.trainer.data.batches import plan_epoch
     from loragraft.trainer.data.cache import TensorCache
-    from loragraft.trainer.engine.precision import resolve
+    from loragraft.trainer.engine.precision import place, resolve
     from loragraft.trainer.inputs import Inputs
     from loragraft.trainer.objective import generator
 
     say_versions("torch", "diffusers", "transformers", "peft")
     base = api.open_base(work.checkpoint, tokenizer=work.tokenizer)
     parts = base.load()
-    roots = {"denoiser": parts.denoiser.float()}
-    parts.text_encoder.float()
-    parts.vae.float()
+    precision = resolve(work.precision, torch.device(work.device))
+    place(parts, precision)
+    roots = {"denoiser": parts.denoiser}
     targets = {"denoiser": UNET_TARGETS}
     if work.text_encoder:
         roots["text_encoder"] = parts.text_encoder
@@ -48,6 +48,8 @@ def main() -> None:
         for path, module in root.named_modules():
             if hasattr(module, "lora_A") and "default" in module.lora_A:
                 down = module.lora_A["default"].weight
+                for weights in (module.lora_A, module.lora_B):
+                    weights["default"].float()
                 start = torch.rand(
                     (work.rank, down[0].numel()), generator=generator(work.seed, "init", keys[part, path])
                 ).view(down.shape)
@@ -61,7 +63,7 @@ def main() -> None:
         parts,
         train_set,
         config,
-        resolve("fp32", torch.device("cpu")),
+        precision,
         TensorCache(Path(work.out) / "cache"),
         work.text_encoder,
     )
@@ -71,9 +73,12 @@ def main() -> None:
     batches = plan_epoch(train_set, work.batch_size, work.seed, 0)
     for step in range(work.steps):
         fed = inputs.draw(step, 0, batches[step])
-        noisy = base.family.schedule.add_noise(fed.latents, fed.noise, fed.t)
-        pred = parts.denoiser(noisy, fed.t, encoder_hidden_states=inputs.cond(fed.captions)).sample
-        loss = torch.nn.functional.mse_loss(pred, fed.noise)
+        latents, noise, t, text = (x.to(work.device) for x in fed[:4])
+        noisy = base.family.schedule.add_noise(latents, noise, t)
+        cond = inputs.embed(text)
+        with precision.autocast():
+            pred = parts.denoiser(noisy, t, encoder_hidden_states=cond).sample
+        loss = torch.nn.functional.mse_loss(pred.float(), noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -34,6 +36,7 @@ class Run:
     seconds_to_first_step: float = 0.0
     peak_mib: float = 0.0
     own_mib: float = 0.0
+    gpu_mib: float = 0.0  # most memory in use on the GPU meanwhile, all processes and the driver's own
     others: float = 0.0
 
     @property
@@ -48,7 +51,15 @@ class Run:
 
 
 def measure(
-    run: Run, argv: list[str], pattern: re.Pattern[bytes], *, cwd: Path, warmup: int, threads: int, log: Path
+    run: Run,
+    argv: list[str],
+    pattern: re.Pattern[bytes],
+    *,
+    cwd: Path,
+    warmup: int,
+    threads: int,
+    log: Path,
+    gpu: bool = False,
 ) -> None:
     """Run one process to its end and fill in ``run``; raises RuntimeError with the log's end if it fails.
 
@@ -67,6 +78,7 @@ def measure(
     cpu: dict[int, float] = {}
     machine: dict[int, float] = {}
     losses: dict[int, float] = {}
+    watch = _GpuMemory(gpu)
     for now, line in _lines(process, log):
         if found := VERSIONS.search(line):
             run.versions = json.loads(found[1])
@@ -79,16 +91,40 @@ def measure(
             run.own_mib = max(run.own_mib, own)
         if found[3]:
             losses[step] = float(found[3])
-    if process.wait() != 0 or len(times) < warmup + 2:
+    run.gpu_mib = watch.stop()
+    if process.wait() != 0 or len(times) < 2 or max(times) < warmup + 2:
         raise RuntimeError(f"{run.trainer} failed, see {log}:\n{log.read_text('utf-8', 'replace')[-3000:]}")
-    counted = [n for n in sorted(times) if n > warmup]
-    first, last = max(1, warmup), counted[-1]
-    run.seconds_to_first_step = times[1] - started
-    run.seconds = [times[n] - times[n - 1] for n in counted]
-    run.cpu_seconds = [cpu[n] - cpu[n - 1] for n in counted]
+    run.seconds_to_first_step = times[min(times)] - started
+    # A progress bar that is redrawn more seldom than steps are taken shows some of them only.
+    shown = [n for n in sorted(times) if n >= max(1, warmup)]
+    first, last = shown[0], shown[-1]
+    for n, m in pairwise(shown):
+        run.seconds += [(times[m] - times[n]) / (m - n)] * (m - n)
+        run.cpu_seconds += [(cpu[m] - cpu[n]) / (m - n)] * (m - n)
     others = (machine[last] - machine[first]) - (cpu[last] - cpu[first])
     run.others = others / (times[last] - times[first])
     run.losses = [losses[n] for n in sorted(losses)]
+
+
+class _GpuMemory:
+    """Ask the driver for the memory in use until stopped: the same measure for every trainer."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.peak, self._stop = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+        if wanted:
+            self._thread.start()
+
+    def stop(self) -> float:
+        """Return the most that was seen, in MiB."""
+        self._stop.set()
+        return self.peak
+
+    def _ask(self) -> None:
+        argv = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        while not self._stop.wait(0.25):
+            done = subprocess.run(argv, capture_output=True, text=True)
+            self.peak = max(self.peak, float(done.stdout.split()[0]))
 
 
 def _lines(process: subprocess.Popen[bytes], log: Path) -> Iterator[tuple[float, bytes]]:

@@ -15,11 +15,12 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
@@ -33,20 +34,25 @@ HERE = Path(__file__).resolve().parent
 
 OWN_STEP = re.compile(rb"bench step (\d+)/(\d+) loss (\S+)")
 VARIANTS = {"unet": False, "unet+text": True}
-LOSS_TOLERANCE = 1e-4  # ours against the plain loop, relative, each step
+TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}  # ours against the plain loop, relative, each step
 SAME_SIZE = 0.25  # mean loss of a trainer with other random draws, relative
 
 
 Trainer = tuple[Callable[[Work, Path], list[str]], re.Pattern[bytes]]
 
 
-def trainers() -> dict[str, Trainer]:
+def trainers(on_gpu: bool = False) -> dict[str, Trainer]:
     """Return what can run here: name -> (command line for a job, pattern of its steps); says what cannot."""
 
     def own(script: str) -> Callable[[Work, Path], list[str]]:
         return lambda work, job: [sys.executable, "-m", f"benchmarks.{script}", str(work.write(job))]
 
+    def engine(name: str) -> Callable[[Work, Path], list[str]]:
+        return lambda work, job: own("ours")(replace(work, engine=name), job)
+
     found = {"ours": (own("ours"), OWN_STEP)}
+    if on_gpu:
+        found["ours eager"] = (engine("eager"), OWN_STEP)
     if reason := kohya.missing():
         print(f"without kohya: {reason}")
     else:
@@ -71,12 +77,13 @@ def run_one(run: Run, work: Work, trainer: Trainer, warmup: int, threads: int) -
         warmup=warmup,
         threads=threads,
         log=out / "log",
+        gpu=work.device != "cpu",
     )
     if kohyas:
         run.versions = kohya.versions()
 
 
-def check(runs: list[Run]) -> list[str]:
+def check(runs: list[Run], tolerance: float) -> list[str]:
     """Say what the losses show; a line that starts with WRONG is a failure."""
     lines = []
     for variant in dict.fromkeys(r.variant for r in runs):
@@ -87,7 +94,7 @@ def check(runs: list[Run]) -> list[str]:
         ours = by_trainer.get("ours")
         if ours and (plain := by_trainer.get("peft loop")):
             worst = max(abs(a - b) / abs(b) for a, b in zip(ours.losses, plain.losses, strict=True))
-            word = "ok" if worst <= LOSS_TOLERANCE else "WRONG"
+            word = "ok" if worst <= tolerance else "WRONG"
             lines.append(
                 f"{word} {variant}: losses differ from the plain loop's by {worst:.1e} (relative, at most)"
             )
@@ -118,6 +125,7 @@ def table(runs: list[Run]) -> list[dict[str, Any]]:
                 "cpu_seconds_per_step": median(s for r in mine for s in r.cpu_seconds),
                 "ours_over_this_by_cpu_time": median(cpu_ratios) if cpu_ratios else math.nan,
                 "peak_mib": max(r.peak_mib for r in mine),
+                "gpu_mib": max(r.gpu_mib for r in mine),
                 "own_mib": max(r.own_mib for r in mine),
                 "seconds_to_first_step": median(r.seconds_to_first_step for r in mine),
                 "others_cpus": max(r.others for r in mine),
@@ -130,7 +138,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
     print(
         f"{'trained':<10} {'trainer':<10} {'steps/s':>8} {'s/step':>7} {'ours/this':>9}  {'by turn':<20}"
-        f"{'CPU s/step':>10} {'ratio':>6} {'peak MiB':>9} {'own':>7} {'to step 1':>9} {'other CPUs':>10}"
+        f"{'CPU s/step':>10} {'ratio':>6} {'peak MiB':>9} {'own':>7} {'GPU MiB':>8} "
+        f"{'to step 1':>9} {'other CPUs':>10}"
     )
     for r in rows:
         turns = " ".join(f"{x:.2f}" for x in r["ours_over_this_by_turn"])
@@ -139,7 +148,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{r['steps_per_second']:>8.4f} {r['seconds_per_step']:>7.3f} "
             f"{r['ours_over_this']:>8.2f}x  {turns:<20}"
             f"{r['cpu_seconds_per_step']:>10.3f} {r['ours_over_this_by_cpu_time']:>5.2f}x "
-            f"{r['peak_mib']:>9.0f} {r['own_mib']:>7.0f} "
+            f"{r['peak_mib']:>9.0f} {r['own_mib']:>7.0f} {r['gpu_mib']:>8.0f} "
             f"{r['seconds_to_first_step']:>8.1f}s {r['others_cpus']:>10.2f}"
         )
 
@@ -155,6 +164,9 @@ def machine(threads: int) -> dict[str, Any]:
         info["memory_gib"] = round(int(total) / 2**20, 1)
     except (OSError, TypeError):
         info["cpu"] = platform.processor()
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    if shutil.which(query[0]):
+        info["gpu"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     return info
 
 
@@ -179,12 +191,16 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--trainers", nargs="*", help="only these")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--label", default="cpu", help="end of the results file's name")
     parser.add_argument("--no-keep", action="store_true", help="write no results file")
     args = parser.parse_args()
 
-    chosen = {k: v for k, v in trainers().items() if not args.trainers or k in args.trainers}
+    chosen = {
+        k: v for k, v in trainers(args.device != "cpu").items() if not args.trainers or k in args.trainers
+    }
     runs: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="loragraft-bench-") as name:
         paths = prepare(Path(name), args.resolution)
@@ -195,12 +211,12 @@ def main() -> None:
                     out = Path(name) / f"{len(runs)}"
                     out.mkdir()
                     size = (args.steps, args.resolution, VARIANTS[variant], args.batch_size)
-                    work = Work(*map(str, (*paths, out)), *size)
+                    work = Work(*map(str, (*paths, out)), *size, args.device, args.precision)
                     runs.append(Run(trainer, variant, turn))
                     run_one(runs[-1], work, chosen[trainer], args.warmup, args.threads)
                     print(f"turn {turn + 1} {variant} {trainer}: {runs[-1].step:.3f} s a step", flush=True)
 
-    lines, rows = check(runs), table(runs)
+    lines, rows = check(runs, TOLERANCES[args.precision]), table(runs)
     print()
     show(rows)
     print(*lines, sep="\n")
@@ -213,7 +229,7 @@ def main() -> None:
             "resolution": args.resolution,
             "batch_size": args.batch_size,
             "rank": Work.rank,
-            "precision": "fp32",
+            "precision": args.precision,
             "steps": args.steps,
             "warmup": args.warmup,
             "turns": args.turns,

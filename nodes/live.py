@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..trainer import events
+from ..trainer.progress import validation_line
 
 INTERVAL_S = 0.25
 MAX_POINTS = 2000
@@ -62,8 +63,13 @@ class Live:
             self._saves.append(save)
             self._send("save", **save)
         elif isinstance(event, events.Note):
-            self._notes.append(event.text)
-            self._send("note", text=event.text)
+            self._say(event.text)
+        elif isinstance(event, events.Validated):
+            self._say(validation_line(event))
+
+    def _say(self, text: str) -> None:
+        self._notes.append(text)
+        self._send("note", text=text)
 
     def _take_step(self, event: events.Step) -> None:
         rate = max(event.learning_rates.values(), default=0.0)

@@ -193,6 +193,8 @@ def _show(progress: Any, event: Any) -> None:
         progress.show_image(event.image)
     elif isinstance(event, api.Note):
         log.warning("%s", event.text)
+    elif isinstance(event, api.Validated):
+        log.info("%s", api.validation_line(event))
 
 
 def _workflow(extra_pnginfo: Mapping[str, Any] | None) -> dict[str, Any]:

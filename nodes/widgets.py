@@ -29,6 +29,21 @@ DATASET_ADVANCED = (
     "bucket_no_upscale",
     "caption_separator",
     "caption_tag_dropout_rate",
+    "flip_aug",
+    "balance_concepts",
+    "prior_loss_weight",
+    "validation_split",
+    "validation_seed",
+    "caption_dropout_every_n_epochs",
+    "caption_prefix",
+    "caption_suffix",
+    "keep_tokens_separator",
+    "secondary_separator",
+    "enable_wildcard",
+    "token_warmup_min",
+    "token_warmup_step",
+    "caption_template",
+    "num_bucket",
 )
 TRAIN_COMMON = (
     "output_name",
@@ -73,6 +88,8 @@ TRAIN_ADVANCED = (
     "metadata_trigger_phrase",
     "training_comment",
     "embed_workflow",
+    "engine",
+    "deterministic",
 )
 
 # A number widget cannot be empty: this value stands for "empty", and the tooltip below says so.
@@ -98,6 +115,9 @@ STEPS = {
     "lr_warmup_steps": 0.01,
     "caption_dropout_rate": 0.01,
     "caption_tag_dropout_rate": 0.01,
+    "prior_loss_weight": 0.05,
+    "validation_split": 0.01,
+    "token_warmup_step": 0.01,
     "network_alpha": 0.5,
     "conv_alpha": 0.5,
     "min_snr_gamma": 0.5,
@@ -106,11 +126,20 @@ STEPS = {
     "sample_cfg": 0.5,
 }
 MAXIMA = {"seed": 2**53 - 1}  # a browser's numbers are exact up to here
-MULTILINE = ("sample_prompts",)
+MULTILINE = ("sample_prompts", "caption_template")
+# Numbers below 1 are a share of all steps, others a number of steps.
+STEPS_OR_SHARE = ("lr_warmup_steps", "token_warmup_step")
 # A setting's help serves as tooltip, except where a widget is written otherwise than a config file.
 TOOLTIPS = {
     "resolution": "Side of the training area in pixels. With buckets, its square is the area that every "
     "bucket stays within.",
+    # Braces, bars and at signs are syntax in ComfyUI's translated texts.
+    "enable_wildcard": "Pick one of the words in braces that are parted by vertical bars, and one line of "
+    "several, anew at each use.",
+    "keep_tokens_separator": "Mark in a caption, usually three vertical bars: tags before it stay in "
+    "place, as do those behind a second one.",
+    "caption_template": "Text around every caption; the tags go where the word caption stands in "
+    "braces. One of several lines is picked at each use.",
     "conv_dim": "Rank for 3x3 convolutions; 0 trains none of them.",
     "conv_alpha": "Alpha for 3x3 convolutions; 0 means 1.",
     "unet_lr": "Learning rate of the denoiser; -1 takes learning_rate, 0 leaves it out.",
@@ -178,9 +207,9 @@ def _setting(name: str, value: Any, hint: Any) -> Any:
         return tuple(p.strip() for p in parts if p.strip())
     if name == "max_token_length" and isinstance(value, str) and value.isdecimal():
         return int(value)
-    if name == "lr_warmup_steps" and isinstance(value, float) and value >= 1 and value.is_integer():
+    if name in STEPS_OR_SHARE and isinstance(value, float) and value >= 1 and value.is_integer():
         return int(value)
-    if name == "lr_warmup_steps" and value == 0:
+    if name in STEPS_OR_SHARE and value == 0:
         return 0
     return value
 

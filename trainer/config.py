@@ -43,8 +43,11 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 OPTIMIZERS = ("AdamW",)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SAVE_PRECISIONS = ("fp16", "bf16", "fp32")
+ENGINES = ("auto", "eager", "captured")
 NAME_TAKEN = ("number", "refuse")
 MAX_LITERAL = 200
+# What a LoRA is to learn, as far as the dataset report needs to know; "" is not said.
+KINDS = ("", "character", "style", "concept", "face")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,86 @@ class DatasetConfig:
     )
     caption_tag_dropout_rate: float = _setting(
         0.0, "Chance that a tag after the kept ones is left out.", minimum=0.0, maximum=1.0, advanced=True
+    )
+    flip_aug: bool = _setting(
+        False,
+        "Mirror a picture in about half of its uses. Not for subjects whose two sides differ, nor for text.",
+        advanced=True,
+    )
+    balance_concepts: bool = _setting(
+        False,
+        "Choose repeats so that images x repeats come as near to equal over the concepts as whole numbers "
+        "allow; folder names' repeats then do not count.",
+        advanced=True,
+    )
+    validation_split: float = _setting(
+        0.0,
+        "Share of each concept's images that is kept out of training to measure the loss on.",
+        minimum=0.0,
+        maximum=0.9,
+        advanced=True,
+    )
+    validation_seed: int = _setting(
+        0,
+        "Another number keeps other images out of training.",
+        minimum=0,
+        maximum=2**53 - 1,
+        advanced=True,
+    )
+    prior_loss_weight: float = _setting(
+        1.0,
+        "Weight of regularisation images in the loss; 1 weighs them like training images.",
+        minimum=0.0,
+        maximum=100.0,
+        advanced=True,
+    )
+    caption_dropout_every_n_epochs: int = _setting(
+        0,
+        "Leave all captions empty in every n-th epoch; 0 does not.",
+        minimum=0,
+        maximum=1_000_000,
+        advanced=True,
+    )
+    caption_prefix: str = _setting("", "Text put before every caption.", advanced=True)
+    caption_suffix: str = _setting("", "Text put behind every caption.", advanced=True)
+    keep_tokens_separator: str = _setting(
+        "",
+        "Mark in a caption, usually |||: tags before it stay in place, as do those behind a second one.",
+        advanced=True,
+    )
+    secondary_separator: str = _setting(
+        "",
+        "Mark in a caption, for instance ;;;, that joins tags which stay together when shuffled.",
+        advanced=True,
+    )
+    enable_wildcard: bool = _setting(
+        False,
+        "Pick one of {red|blue} in a caption, and one line of several, anew at each use.",
+        advanced=True,
+    )
+    token_warmup_min: int = _setting(
+        1, "Number of tags that the token warm-up begins with.", minimum=0, maximum=255, advanced=True
+    )
+    token_warmup_step: int | float = _setting(
+        0,
+        "Token warm-up: show more and more tags over this many steps, or below 1 this share of all steps.",
+        minimum=0,
+        maximum=1_000_000,
+        advanced=True,
+    )
+    caption_template: str = _setting(
+        "",
+        "Text around every caption, with {caption} where its tags go; one of several lines is picked at "
+        "each use.",
+        advanced=True,
+    )
+    num_bucket: int = _setting(
+        0,
+        "Number of buckets made from the images' own aspect ratios, as HCP-Diffusion does; 0 uses kohya's "
+        "fixed list.",
+        minimum=0,
+        maximum=256,
+        advanced=True,
     )
 
 
@@ -165,6 +248,19 @@ class TrainConfig:
         "auto",
         "Compute precision. auto: bf16 or fp16 on a GPU, fp32 on a CPU. The adapter stays in fp32.",
         choices=PRECISIONS,
+    )
+    engine: str = _setting(
+        "auto",
+        "How steps are executed. captured: as CUDA graphs, much faster for small batches; eager: one kernel "
+        "after the other; auto: captured where it can be. The LoRA is the same but for rounding.",
+        choices=ENGINES,
+        advanced=True,
+    )
+    deterministic: bool = _setting(
+        False,
+        "On a GPU, take only operations that give the same bits every time, so that a stopped and continued "
+        "run ends in the same file. Slower; a CPU does so by itself.",
+        advanced=True,
     )
     max_token_length: int = _setting(
         75, "Longest caption in tokens: 75, 150 or 225.", choices=("75", "150", "225"), advanced=True

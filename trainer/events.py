@@ -69,6 +69,15 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Validated:
+    """The mean loss over the images kept out of training, with the same noise and timesteps each time."""
+
+    step: int
+    loss: float
+    num_images: int
+
+
+@dataclass(frozen=True)
 class Note:
     """One line that the user should read."""
 
@@ -88,4 +97,4 @@ class Finished:
     checkpoints: tuple[Path, ...]
 
 
-Event = Planned | Cached | Step | Sampled | Saved | Note | Finished
+Event = Planned | Cached | Step | Sampled | Saved | Validated | Note | Finished

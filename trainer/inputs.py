@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .config import TrainConfig
 from .data.batches import Batch
 from .data.cache import TensorCache, key_of
-from .data.captions import vary_caption
-from .data.images import load_pixels
+from .data.captions import fixed_captions, vary_caption
+from .data.images import load_mask, load_pixels, mask_key, pixels_key
 from .data.train_set import TrainSet
 from .engine.precision import Precision
 from .errors import LoraGraftError
@@ -27,16 +28,22 @@ from .objective import generator
 from .parts import Parts
 
 Moments = dict[str, torch.Tensor]
+Use = tuple[int, bool]  # a record's index, and whether it is mirrored
 
 
-@dataclass(frozen=True)
-class Fed:
-    """One micro-batch on the device: latents, noise (B, C, h, w), timesteps t (B,) and captions."""
+class Fed(NamedTuple):
+    """One micro-batch, on the CPU: latents and noise (B, C, h, w), timesteps t (B,), text, loss weights.
+
+    ``text`` is the conditioning (B, L, D) where captions are encoded once, else token ids. ``weight``
+    (B,) is there where regularisation images count otherwise, ``mask`` (B, 1, h, w) where a picture has one.
+    """
 
     latents: torch.Tensor
     noise: torch.Tensor
     t: torch.Tensor
-    captions: tuple[str, ...]
+    text: torch.Tensor
+    weight: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
 
 class Inputs:
@@ -51,35 +58,37 @@ class Inputs:
         precision: Precision,
         cache: TensorCache,
         train_text: bool,
+        total_steps: int = 1,
     ) -> None:
         self.base, self.parts, self.train_set = base, parts, train_set
         self.config, self.precision, self.cache = config, precision, cache
-        data = train_set.config
-        static = not data.shuffle_caption and data.caption_tag_dropout_rate == 0
-        self.keeps_text = static and not train_text
-        self._moments: dict[int, Moments] = {}
+        self.total_steps = total_steps
+        uses = list(zip(train_set.records, train_set.configs, strict=True))
+        fixed = [fixed_captions(record.caption, data) for record, data in uses]
+        self.keeps_text = not train_text and None not in fixed
+        self.is_weighted = any(record.is_reg and data.prior_loss_weight != 1 for record, data in uses)
+        self.is_masked = any(record.mask is not None for record in train_set.records)
+        self._captions = sorted({text for texts in fixed for text in texts or ()})
+        self._moments: dict[Use, Moments] = {}
         self._cond: dict[str, torch.Tensor] = {}
 
     def prepare(self) -> Iterator[Cached]:
         """Encode all images, and the captions where they cannot change; the cache serves what it has."""
         if self.config.cache_latents:
-            hits, total = 0, len(self.train_set.records)
-            for index in range(total):
-                key = self._image_key(index)
+            hits, uses = 0, self._uses()
+            for done, use in enumerate(uses, 1):
+                key = self._image_key(*use)
                 found = self.cache.get(key)
                 if found is None:
-                    found = self._encode_image(index)
+                    found = self._encode_image(*use)
                     self.cache.put(key, found)
                 else:
                     hits += 1
-                self._moments[index] = found
-                yield Cached("images", index + 1, total, hits)
+                self._moments[use] = found
+                yield Cached("images", done, len(uses), hits)
             self.parts.vae.to("cpu")
         if self.keeps_text:
-            captions = sorted({record.caption for record in self.train_set.records})
-            if self.train_set.config.caption_dropout_rate > 0:
-                captions = ["", *captions]
-            hits = 0
+            captions, hits = self._captions, 0
             for done, caption in enumerate(captions, 1):
                 key = self._text_key(caption)
                 stored = self.cache.get(key)
@@ -93,10 +102,11 @@ class Inputs:
 
     def draw(self, step: int, first_sample: int, batch: Batch) -> Fed:
         """Draw one micro-batch; its samples are numbered from ``first_sample`` within the step."""
-        device, seed, family = self.precision.device, self.config.seed, self.base.family
-        latents, noises, timesteps, captions = [], [], [], []
-        for sample, index in enumerate(batch.indices, first_sample):
-            moments = self._moments[index] if index in self._moments else self._encode_image(index)
+        seed, family = self.config.seed, self.base.family
+        latents, noises, timesteps, captions, masks = [], [], [], [], []
+        flips = batch.flips or (False,) * len(batch.indices)
+        for sample, use in enumerate(zip(batch.indices, flips, strict=True), first_sample):
+            moments = self._moments[use] if use in self._moments else self._encode_image(*use)
             shape = moments["mean"].shape
             posterior = torch.randn(shape, generator=generator(seed, step, sample, "posterior"))
             latents.append(family.latents(moments, posterior))
@@ -106,35 +116,61 @@ class Inputs:
             )
             timesteps.append(t)
             rng = random.Random(f"{seed}-{step}-{sample}-caption")
-            captions.append(vary_caption(self.train_set.records[index].caption, self.train_set.config, rng))
+            record, data = self.train_set.records[use[0]], self.train_set.configs[use[0]]
+            captions.append(
+                vary_caption(
+                    record.caption, data, rng, epoch=batch.epoch, step=step, total_steps=self.total_steps
+                )
+            )
+            if self.is_masked:
+                masks.append(moments.get("mask", torch.ones(1, 1, *shape[2:])))
         return Fed(
-            torch.cat(latents).to(device),
-            torch.cat(noises).to(device),
-            torch.cat(timesteps).to(device),
-            tuple(captions),
+            torch.cat(latents),
+            torch.cat(noises),
+            torch.cat(timesteps),
+            torch.cat([self._cond[c] for c in captions]) if self.keeps_text else self._tokenize(captions),
+            torch.tensor(batch.loss_weights) if self.is_weighted else None,
+            torch.cat(masks) if self.is_masked else None,
         )
 
-    def cond(self, captions: tuple[str, ...]) -> torch.Tensor:
-        """Return the conditioning (B, L, D); kept where captions cannot change, else encoded now."""
-        if self.keeps_text:
-            return torch.cat([self._cond[c] for c in captions]).to(self.precision.device)
-        return self._encode_captions(list(captions), grad=True)
+    def embed(self, text: torch.Tensor) -> torch.Tensor:
+        """Return the conditioning (B, L, D) of a `Fed`'s text; what is encoded here carries gradients."""
+        return text if self.keeps_text else self._encode(text, grad=True)
 
-    def _encode_captions(self, captions: list[str], *, grad: bool = False) -> torch.Tensor:
-        family, config = self.base.family, self.config
-        ids = family.tokenize(self.parts, captions, config.max_token_length).to(self.precision.device)
+    def _uses(self) -> list[Use]:
+        """List what is encoded: every record, and mirrored too where it may be."""
+        configs = self.train_set.configs
+        return [
+            (i, flip) for i, data in enumerate(configs) for flip in (False, True) if data.flip_aug or not flip
+        ]
+
+    def _tokenize(self, captions: list[str]) -> torch.Tensor:
+        return self.base.family.tokenize(self.parts, captions, self.config.max_token_length)
+
+    def _encode_captions(self, captions: list[str]) -> torch.Tensor:
+        return self._encode(self._tokenize(captions).to(self.precision.device), grad=False)
+
+    def _encode(self, ids: torch.Tensor, *, grad: bool) -> torch.Tensor:
         with torch.set_grad_enabled(grad), self.precision.autocast():
-            return family.encode_text(self.parts, ids, config.clip_skip)
+            return self.base.family.encode_text(self.parts, ids, self.config.clip_skip)
 
     @torch.no_grad()
-    def _encode_image(self, index: int) -> Moments:
-        """Encode one image's moments (1, C, h, w) on the CPU; raises LG-RUN-005 if they are not finite."""
+    def _encode_image(self, index: int, flip: bool) -> Moments:
+        """Encode one image's moments (1, C, h, w), and its mask (1, 1, h, w), on the CPU.
+
+        Raises LG-RUN-005 if they are not finite.
+        """
         data = self.train_set
         record = data.records[index]
         self.parts.vae.to(self.precision.device)
         pixels = load_pixels(record, data.buckets[index], data.resized[index]).unsqueeze(0)
-        pixels = pixels.to(self.precision.device)
+        pixels = (pixels.flip(-1) if flip else pixels).to(self.precision.device)
         moments = {k: v.cpu() for k, v in self.base.family.encode_images(self.parts, pixels).items()}
+        if record.mask is not None:
+            mask = load_mask(record, data.buckets[index], data.resized[index])[None, None]
+            # One value for each latent pixel: the mean of what it covers, as kohya scales masks.
+            small = F.interpolate(mask, moments["mean"].shape[2:], mode="area")
+            moments["mask"] = small.flip(-1) if flip else small
         if not all(bool(torch.isfinite(v).all()) for v in moments.values()):
             raise LoraGraftError(
                 "LG-RUN-005",
@@ -145,10 +181,13 @@ class Inputs:
             )
         return moments
 
-    def _image_key(self, index: int) -> str:
+    def _image_key(self, index: int, flip: bool) -> str:
+        record = self.train_set.records[index]
+        edits: dict[str, object] = {"mask": mask_key(record) or None, "flip": flip or None}
         return key_of(
+            **pixels_key(record),
+            **{name: value for name, value in edits.items() if value is not None},
             kind="latents",
-            image=self.train_set.records[index].content_hash,
             bucket=list(self.train_set.buckets[index]),
             resized=list(self.train_set.resized[index]),
             vae=self.base.part_hash("vae"),

@@ -15,24 +15,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from . import metadata
 from .adapters.files import as_saved, count_zero
 from .checkpoint import Checkpoint, RunFolder, disk_refusal
 from .config import TrainConfig, resolution_wh
-from .data.batches import Batch
+from .data.batches import Batch, plan_epoch
 from .data.train_set import TrainSet
-from .engine.precision import Precision, pick_device, resolve
+from .engine.precision import Precision, pick_device, resolve, strict
 from .errors import LoraGraftError, listed, one_line
-from .events import Event, Finished, Note, Planned, Sampled, Saved, Step
+from .events import Event, Finished, Note, Planned, Sampled, Saved, Step, Validated
 from .families.opening import Base
-from .objective import diffusion_loss, min_snr_weight
 from .optim import depends_on_total, lr_factor, optimizer_name, set_learning_rates
 from .paths import safe_name
 from .plan import Plan, average_loss, plan_run, step_losses
+from .progress import validation_line
 from .publish import publish, published_name
-from .run import Run, open_run, planned_lines, restore, training_state, unfit
+from .run import Run, micro_loss, open_run, planned_lines, restore, training_state, unfit
 from .runlog import RunLog, write_settings
 
 
@@ -54,35 +53,22 @@ class StepResult(NamedTuple):
 
 def train_step(run: Run) -> StepResult:
     """Take one optimizer step and advance ``run.step``; raises LG-RUN-004 if something is not finite."""
-    config, schedule, step = run.config, run.base.family.schedule, run.step
+    config, step = run.config, run.step
     set_learning_rates(run.optimizer, lr_factor(config, step, run.plan.total_steps))
     batches = run.batches(step)
-    losses: list[float] = []
+    on_device: list[torch.Tensor] = []
     sample = 0
     for batch in batches:
         fed = run.inputs.draw(step, sample, batch)
         sample += len(batch.indices)
-        noisy = schedule.add_noise(fed.latents, fed.noise, fed.t)
-        cond = run.inputs.cond(fed.captions)
-        with run.precision.autocast():
-            pred = run.base.family.predict(run.parts, noisy, fed.t, cond)
-        weight = (
-            None
-            if config.min_snr_gamma is None
-            else min_snr_weight(schedule.snr(fed.t), config.min_snr_gamma)
-        )
-        loss = diffusion_loss(pred, fed.noise, weight)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
+        on_device.append(run.engine.backward(fed, len(batches)))
+    norm = run.engine.update(config.max_grad_norm)
+    *losses, grad_norm = torch.stack([*on_device, norm.float()]).tolist()  # the step's only synchronisation
+    for batch, loss in zip(batches, losses, strict=True):
+        if not math.isfinite(loss):
             raise _not_finite(run, "loss", [batch])
-        run.scaler.scale(loss / len(batches)).backward()
-    run.scaler.unscale_(run.optimizer)
-    grad_norm = float(nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm or math.inf))
     if not math.isfinite(grad_norm) and not run.scaler.is_enabled():  # a loss scaler skips such a step
         raise _not_finite(run, "gradient", batches)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
     run.micro_losses += losses
     run.step += 1
     return StepResult(math.fsum(losses) / len(losses), grad_norm)
@@ -105,7 +91,8 @@ def train(
     """
     precision = resolve(config.mixed_precision, pick_device(device))
     plan = plan_run(train_set, config)
-    fixed_total = plan.total_steps if depends_on_total(config) else None
+    warms_up = any(0 < c.token_warmup_step < 1 for c in train_set.configs)
+    fixed_total = plan.total_steps if warms_up or depends_on_total(config) else None
     run_id = metadata.run_hash(base, train_set, config, fixed_total, precision.name)
     words = metadata.trigger_words(train_set, config)
     folder = RunFolder(places.runs / f"{safe_name(config.output_name, what='output_name')}-{run_id[:8]}")
@@ -163,6 +150,8 @@ def _train(run: Run, resumed: Checkpoint | None) -> Generator[Event, None, None]
             run.folder.path,
             tuple(lines),
         )
+        if run.validation is not None:
+            yield from run.validation.prepare()
         yield from run.inputs.prepare()
         for note in run.inputs.cache.notes:
             yield Note(note)
@@ -171,8 +160,11 @@ def _train(run: Run, resumed: Checkpoint | None) -> Generator[Event, None, None]
         try:
             while run.step < plan.total_steps:
                 started, steady = time.perf_counter(), False
-                result = train_step(run)
+                with strict(config.deterministic):
+                    result = train_step(run)
                 steady = True
+                while run.engine.notes:
+                    yield Note(run.engine.notes.pop(0))
                 event = _step_event(run, result, time.perf_counter() - started)
                 log.step(event)
                 yield event
@@ -187,6 +179,9 @@ def _train(run: Run, resumed: Checkpoint | None) -> Generator[Event, None, None]
                         [f"step {run.step}: saved, {saved.zero_tensors} of {saved.num_tensors} tensors zero"]
                     )
                     yield saved
+                    for validated in validate(run):
+                        log.lines([validation_line(validated)])
+                        yield validated
                     if config.sample_every_n_steps is None:
                         yield from _samples(run)
                 if config.sample_every_n_steps and run.step % config.sample_every_n_steps == 0:
@@ -196,6 +191,22 @@ def _train(run: Run, resumed: Checkpoint | None) -> Generator[Event, None, None]
                 save(run)
                 log.lines([f"step {run.step}: stopped and saved; queue again to continue"])
             raise
+        finally:
+            run.engine.close()
+
+
+@torch.no_grad()
+def validate(run: Run) -> Iterator[Validated]:
+    """Measure the loss on the images kept out of training, where there are any; nothing is learned."""
+    if run.validation is None:
+        return
+    total, seen = 0.0, 0
+    for batch in plan_epoch(run.validation.train_set, run.config.train_batch_size, run.config.seed, 0):
+        fed = run.validation.draw(0, seen, batch)  # always those of step 0, so that values compare
+        on_device = tuple(None if x is None else x.to(run.precision.device) for x in fed)
+        loss = micro_loss(run.base, run.parts, run.config, run.validation, run.precision, on_device)
+        total, seen = total + loss.item() * len(batch.indices), seen + len(batch.indices)
+    yield Validated(run.step, total / seen, seen)
 
 
 def save(run: Run) -> Saved:
@@ -207,6 +218,7 @@ def save(run: Run) -> Saved:
         "run": run.run_id,
         "torch": torch.__version__,
         "device": run.precision.device.type,
+        "engine": run.engine.name,
     }
     if run.scaler.is_enabled():
         info["scaler"] = run.scaler.state_dict()
@@ -244,7 +256,8 @@ def describe(
 
 def _step_event(run: Run, result: StepResult, seconds: float) -> Step:
     names = {id(p): part for part in ("text_encoder", "denoiser") for p in run.adapter.parameters(part)}
-    rates = {names[id(g["params"][0])]: float(g["lr"]) for g in run.optimizer.param_groups}
+    factor = lr_factor(run.config, run.step - 1, run.plan.total_steps)
+    rates = {names[id(g["params"][0])]: g["base_lr"] * factor for g in run.optimizer.param_groups}
     epoch = math.ceil(run.step / run.plan.steps_per_epoch)
     average = average_loss(run.micro_losses, run.plan)
     return Step(run.step, run.plan.total_steps, epoch, result.loss, average, rates, result.grad_norm, seconds)

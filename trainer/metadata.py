@@ -8,17 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from .adapters.files import compact, tensor_hash
 from .config import DatasetConfig, TrainConfig, as_dict, denoiser_lr, encoder_lr, resolution_wh
-from .data.train_set import TrainSet
+from .data.records import Record
+from .data.train_set import TrainSet, training_samples
 from .families.opening import Base
 
 # Settings that change neither the LoRA's tensors nor their order of making.
 NOT_IN_HASH = (
+    "engine",
     "output_name",
     "name_taken",
     "cache_latents",
@@ -50,7 +52,7 @@ def run_hash(
 def trigger_words(train_set: TrainSet, config: TrainConfig) -> str:
     """Return the trigger words: those of the settings, else the concepts' class words."""
     return config.metadata_trigger_phrase or ", ".join(
-        dict.fromkeys(r.concept for r in train_set.records if r.concept)
+        dict.fromkeys(r.concept for r in train_set.records if r.concept and not r.is_reg)
     )
 
 
@@ -83,8 +85,8 @@ def build(
         "ss_optimizer": optimizer,
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_lr_warmup_steps": config.lr_warmup_steps,
-        "ss_num_train_images": sum(r.repeats for r in train_set.records),
-        "ss_num_reg_images": 0,
+        "ss_num_train_images": training_samples(train_set),
+        "ss_num_reg_images": sum(r.is_reg for r in train_set.records),
         "ss_num_batches_per_epoch": batches_per_epoch,
         "ss_num_epochs": num_epochs,
         "ss_max_train_steps": total_steps,
@@ -126,8 +128,11 @@ def build(
         )
     texts = {k: _text(v) for k, v in values.items()}
     texts |= base.family.metadata
-    texts["ss_tag_frequency"] = compact(_tag_frequency(train_set, data))
-    texts["ss_dataset_dirs"] = compact(_dataset_dirs(train_set))
+    trained = [r for r in train_set.records if not r.is_reg]
+    texts["ss_tag_frequency"] = compact(_tag_frequency(trained, data))
+    texts["ss_dataset_dirs"] = compact(_dataset_dirs(trained))
+    if reg := [r for r in train_set.records if r.is_reg]:
+        texts["ss_reg_dataset_dirs"] = compact(_dataset_dirs(reg))
     texts["ss_bucket_info"] = compact(_bucket_info(train_set))
     texts["loragraft_settings"] = compact({"train": as_dict(config), "dataset": as_dict(data)})
     return texts
@@ -151,9 +156,9 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else str(value)
 
 
-def _tag_frequency(train_set: TrainSet, data: DatasetConfig) -> dict[str, dict[str, int]]:
+def _tag_frequency(records: Sequence[Record], data: DatasetConfig) -> dict[str, dict[str, int]]:
     counts: dict[str, Counter[str]] = {}
-    for record in train_set.records:
+    for record in records:
         tags = (t.strip() for t in record.caption.split(data.caption_separator))
         counts.setdefault(_folder_name(record.repeats, record.concept), Counter()).update(
             t for t in tags if t
@@ -161,9 +166,9 @@ def _tag_frequency(train_set: TrainSet, data: DatasetConfig) -> dict[str, dict[s
     return {folder: dict(tags) for folder, tags in counts.items()}
 
 
-def _dataset_dirs(train_set: TrainSet) -> dict[str, dict[str, int]]:
+def _dataset_dirs(records: Sequence[Record]) -> dict[str, dict[str, int]]:
     dirs: dict[str, dict[str, int]] = {}
-    for record in train_set.records:
+    for record in records:
         entry = dirs.setdefault(
             _folder_name(record.repeats, record.concept), {"n_repeats": record.repeats, "img_count": 0}
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -37,13 +37,19 @@ class NoiseSchedule:
 
     def snr(self, t: torch.Tensor) -> torch.Tensor:
         """Signal-to-noise ratio at timesteps t (B,)."""
-        a = self.alphas_cumprod.to(t.device)[t]
+        a = _alphas_cumprod(self, t.device)[t]
         return a / (1 - a)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Forward diffusion x_t = sqrt(a_t) x + sqrt(1 - a_t) noise (Ho et al. 2020, eq. 4)."""
-        a = self.alphas_cumprod.to(latents.device)[t].view(-1, 1, 1, 1)
+        a = _alphas_cumprod(self, latents.device)[t].view(-1, 1, 1, 1)
         return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+
+@lru_cache(maxsize=32)
+def _alphas_cumprod(schedule: NoiseSchedule, device: torch.device) -> torch.Tensor:
+    """Keep the table on the device: captured steps must not copy it from the host."""
+    return schedule.alphas_cumprod.to(device)
 
 
 def min_snr_weight(snr: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -51,7 +57,16 @@ def min_snr_weight(snr: torch.Tensor, gamma: float) -> torch.Tensor:
     return snr.clamp(max=gamma) / snr
 
 
-def diffusion_loss(pred: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """Mean squared error, one value a sample, weighted (B,) and averaged; computed in float32."""
-    per_sample = (pred.float() - target.float()).square().mean(dim=(1, 2, 3))
+def diffusion_loss(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean squared error, one value a sample, weighted (B,) and averaged; computed in float32.
+
+    ``mask`` (B, 1, h, w) weighs the places; masked places still count in the mean, as in kohya's trainer.
+    """
+    squared = (pred.float() - target.float()).square()
+    per_sample = (squared if mask is None else squared * mask).mean(dim=(1, 2, 3))
     return (per_sample if weight is None else per_sample * weight).mean()

@@ -116,4 +116,8 @@ def build_optimizer(
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group to its base rate times ``factor``."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        rate = group["base_lr"] * factor
+        if isinstance(group["lr"], torch.Tensor):  # a captured update reads it where it lies
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -7,7 +7,7 @@ from collections import deque
 from types import TracebackType
 from typing import TextIO
 
-from .events import Cached, Event, Finished, Note, Planned, Sampled, Saved, Step
+from .events import Cached, Event, Finished, Note, Planned, Sampled, Saved, Step, Validated
 
 BAR = 24
 
@@ -51,6 +51,8 @@ class ProgressLine:
             )
         elif isinstance(event, Sampled):
             self._line(f"sample of step {event.step}: {event.path}")
+        elif isinstance(event, Validated):
+            self._line(validation_line(event))
         elif isinstance(event, Note):
             self._line(event.text)
         elif isinstance(event, Finished) and event.reused:
@@ -75,6 +77,11 @@ class ProgressLine:
         if self._open:
             self.stream.write("\n")
             self._open = False
+
+
+def validation_line(event: Validated) -> str:
+    """Return "step 80: validation loss 0.1234 on 5 images"."""
+    return f"step {event.step}: validation loss {event.loss:.4f} on {event.num_images} images"
 
 
 def step_line(event: Step, seconds: float) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -15,11 +17,14 @@ from .config import TrainConfig, denoiser_lr, encoder_lr
 from .data.batches import Batch, plan_epoch
 from .data.cache import TensorCache
 from .data.train_set import TrainSet
+from .engine.captured import Captured
 from .engine.precision import Precision, enable_gradient_checkpointing, place
 from .engine.small_maps import use_matrix_products
+from .engine.steps import Eager, Engine, Tensors, choose
 from .errors import LoraGraftError, one_line
 from .families.opening import Base
-from .inputs import Inputs
+from .inputs import Fed, Inputs
+from .objective import diffusion_loss, min_snr_weight
 from .optim import build_optimizer
 from .parts import Parts
 from .plan import Plan
@@ -36,9 +41,12 @@ class Run:
     plan: Plan
     precision: Precision
     inputs: Inputs
+    validation: Inputs | None
     adapter: lora.Adapter
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    engine: Engine
+    engine_why: str
     folder: RunFolder
     run_id: str
     step: int = 0
@@ -92,7 +100,21 @@ def open_run(
         enable_gradient_checkpointing(parts, denoiser=settings.denoiser, text_encoder=settings.text_encoder)
     groups = [(adapter.parameters(part), rate) for part, rate in rates.items() if rate > 0]
     optimizer = build_optimizer(config, groups)
-    inputs = Inputs(base, parts, train_set, config, precision, TensorCache(cache), settings.text_encoder)
+    store, trains_text = TensorCache(cache), settings.text_encoder
+    inputs = Inputs(base, parts, train_set, config, precision, store, trains_text, plan.total_steps)
+    validation = (
+        Inputs(base, parts, train_set.validation, config, precision, store, trains_text)
+        if train_set.validation
+        else None
+    )
+    scaler = precision.scaler()
+    loss_of = partial(micro_loss, base, parts, config, inputs, precision)
+    name, why = choose(config.engine, precision, optimizer)
+    engine: Engine = (
+        Captured(loss_of, optimizer, precision.device)
+        if name == "captured"
+        else Eager(loss_of, optimizer, scaler, precision.device)
+    )
     return Run(
         base,
         parts,
@@ -101,12 +123,31 @@ def open_run(
         plan,
         precision,
         inputs,
+        validation,
         adapter,
         optimizer,
-        precision.scaler(),
+        scaler,
+        engine,
+        why,
         folder,
         run_id,
     )
+
+
+def micro_loss(
+    base: Base, parts: Parts, config: TrainConfig, inputs: Inputs, precision: Precision, tensors: Tensors
+) -> torch.Tensor:
+    """Return the loss of one micro-batch: noise, prediction, weight, mean; ``tensors`` are a `Fed`'s."""
+    latents, noise, t, text, weight, mask = cast("Fed", tensors)
+    schedule = base.family.schedule
+    noisy = schedule.add_noise(latents, noise, t)
+    cond = inputs.embed(text)
+    with precision.autocast():
+        pred = base.family.predict(parts, noisy, t, cond)
+    if config.min_snr_gamma is not None:
+        by_snr = min_snr_weight(schedule.snr(t), config.min_snr_gamma)
+        weight = by_snr if weight is None else by_snr * weight
+    return diffusion_loss(pred, noise, weight, mask)
 
 
 def training_state(run: Run) -> dict[str, torch.Tensor]:
@@ -167,5 +208,6 @@ def planned_lines(run: Run, resumed: Checkpoint | None) -> list[str]:
         f"{sum(p.numel() for p in run.parameters):,} parameters",
         f"base {run.base.family.name} {run.base.weights_hash}",
         f"{run.precision.name} on {run.precision.device}, captions {text}",
+        f"{run.engine.name} steps ({run.engine_why})",
         f"continues at step {resumed.step} with its optimizer state" if resumed else "starts at step 0",
     ]

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from loragraft.trainer import api, loop
+from loragraft.trainer import api, run
 from loragraft.trainer.inputs import Inputs
 from loragraft.trainer.objective import generator
 from loragraft_tests.trainer import runs, tiny
@@ -147,14 +147,14 @@ def test_average_loss_with_accumulation_counts_micro_batches(
     training: runs.Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     micro: list[float] = []
-    real = loop.diffusion_loss
+    real = run.diffusion_loss
 
     def recording(*args: Any) -> torch.Tensor:
         loss = real(*args)
         micro.append(loss.item())
         return loss
 
-    monkeypatch.setattr(loop, "diffusion_loss", recording)
+    monkeypatch.setattr(run, "diffusion_loss", recording)
     events = training.events(max_train_steps=5, gradient_accumulation_steps=3)
     taken = 0
     for event, size in zip(runs.of(events, api.Step), (3, 1, 3, 1, 3), strict=True):
@@ -275,13 +275,13 @@ def test_caption_dropout_draws_empty_captions(
     training: runs.Training, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    real = Inputs.cond
+    real = Inputs._tokenize
 
-    def watching(self: Inputs, captions: tuple[str, ...]) -> torch.Tensor:
+    def watching(self: Inputs, captions: list[str]) -> torch.Tensor:
         seen.extend(captions)
         return real(self, captions)
 
-    monkeypatch.setattr(Inputs, "cond", watching)
+    monkeypatch.setattr(Inputs, "_tokenize", watching)
     varied = runs.train_set(images, caption_dropout_rate=0.4, shuffle_caption=True, keep_tokens=1)
     events = dataclasses.replace(training, train_set=varied).events(max_train_steps=8)
     assert {e.what for e in runs.of(events, api.Cached)} == {"images"}

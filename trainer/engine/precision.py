@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import LoraGraftError, one_line
 from ..parts import Parts
@@ -73,6 +80,33 @@ def resolve(setting: str, device: torch.device) -> Precision:
     return Precision(setting, device)
 
 
+@contextlib.contextmanager
+def strict(wanted: bool) -> Iterator[None]:
+    """Let only operations run that give the same bits every time; the process's own setting comes back.
+
+    Attention is computed plainly, because the fast kernels add up in no fixed order. cuBLAS's notice about
+    CUBLAS_WORKSPACE_CONFIG is left out: it concerns work on several streams.
+    """
+    if not wanted:
+        yield
+        return
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Deterministic behavior was enabled")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
+
 def place(parts: Parts, precision: Precision) -> None:
     """Move the modules to the device in the run's storage; tensors already right stay shared, not copied.
 
@@ -92,10 +126,16 @@ def place(parts: Parts, precision: Precision) -> None:
 
 
 def enable_gradient_checkpointing(parts: Parts, *, denoiser: bool, text_encoder: bool) -> None:
-    """Switch gradient checkpointing on for the trained parts (non-reentrant: inputs need no gradient)."""
+    """Switch gradient checkpointing on for the trained parts (non-reentrant: inputs need no gradient).
+
+    Nothing in them is random, so the generators' state is not kept: reading it cannot be captured.
+    """
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if denoiser:
-        parts.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        switch = cast(Callable[..., None], parts.denoiser.enable_gradient_checkpointing)
+        # diffusers before 0.33 takes no function; there such runs are not captured.
+        switch(*([partial(checkpoint, **options)] if inspect.signature(switch).parameters else []))
         parts.denoiser.train()
     if text_encoder:
-        parts.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        parts.text_encoder.gradient_checkpointing_enable(options)  # type: ignore[operator]
         parts.text_encoder.train()
