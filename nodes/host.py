@@ -6,6 +6,7 @@ and server, and they are imported when a node runs, never while the pack is load
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import random
@@ -53,6 +54,20 @@ def output_folder() -> Path:
 def grids_folder() -> Path:
     """Return the folder of kept grids."""
     return output_folder() / "grids"
+
+
+def working_copy_folder(name: str, dataset: api.Dataset, step: str) -> Path:
+    """Return the folder below output/loragraft/datasets into which a step writes its pictures.
+
+    ``name`` is what the user wrote; where it is empty the dataset's folder and the step make one that no
+    other folder's dataset gets. Raises LG-PATH-001.
+    """
+    name = name.strip()
+    if not name:
+        where = hashlib.sha256(str(dataset.root).encode("utf-8", "surrogatepass")).hexdigest()[:6]
+        plain = re.sub(r"[^\w -]", "_", dataset.root.name).strip()[:40] or "dataset"
+        name = f"{plain} {step} {where}"
+    return output_folder() / "datasets" / api.safe_name(name, what="name")
 
 
 def temp_folder() -> Path:
@@ -113,12 +128,19 @@ def dataset_folder(text: str) -> Path:
     raise LoraGraftError(
         "LG-NODE-020",
         f"The folder {text[:70]!r} is not one that workflows may read.",
-        where="Load Image Folder: path",
+        where="path",
         why="a shared workflow must not read any folder of this machine; allowed: "
         f"{listed(map(str, roots), limit=5)}.",
         fix="put the images below ComfyUI's input folder, or add the line "
         f"{text.strip()[:200]} to {folders_file()}",
     )
+
+
+def inner_folder(folder: Path, text: str, *, what: str) -> Path:
+    """Return a folder that a widget names: below ``folder``, or where `dataset_folder` may read."""
+    if _absolute(text) or ANNOTATION.search(text):
+        return dataset_folder(text)
+    return api.resolve(folder, text, what=what, must_exist=True)
 
 
 def lora_file(name: str) -> Path:

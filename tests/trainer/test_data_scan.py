@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageFile
 
+from loragraft.trainer.config import DatasetConfig
 from loragraft.trainer.data.folders import folder_rule, natural_key, parse_folder
-from loragraft.trainer.data.records import Dataset, Record, scan_folder
+from loragraft.trainer.data.records import Dataset, Record
+from loragraft.trainer.data.scan import scan_folder
+from loragraft.trainer.data.train_set import build_train_set
 from loragraft_tests.trainer.data_folders import Refusal, fill, picture
 
 S = (48, 32)
@@ -361,8 +364,12 @@ def test_empty_captions(tmp_path: Path) -> None:
 
 def test_neither_caption_nor_class_words(tmp_path: Path) -> None:
     fill(tmp_path, {"a.png": S, "b.png": S, "b.txt": "b"})
-    with Refusal("LG-DATA-006", "1 of 2 images", "a.png", "class_tokens"):
-        scan_folder(tmp_path)
+    found = scan_folder(tmp_path)
+    assert [(r.caption, r.caption_source) for r in found.records] == [("", ""), ("b", "txt")]
+    assert any("1 missing" in line for line in found.lines)
+    assert any("No caption yet" in line and "a.png" in line for line in found.lines)
+    with Refusal("LG-DATA-006", "1 image", "a.png", "class_tokens", "WD14 Tag"):
+        build_train_set(found, DatasetConfig())
 
 
 def test_caption_files_that_all_miss(tmp_path: Path) -> None:

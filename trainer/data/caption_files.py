@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from .bytes_at import opened
+from .folders import split_suffix
 from .images import UnreadableImageError, is_image
 
 MAX_CAPTION_BYTES = 2**20
+START_BYTES = 4096  # nearly every caption ends before
 
 BYTE_ORDER_MARKS = (
     (b"\xff\xfe\x00\x00", "UTF-32"),
@@ -26,10 +30,39 @@ class CaptionFileError(ValueError):
 
 @dataclass(frozen=True)
 class CaptionText:
-    """The first line that is not empty, and how many such lines there are (0: an empty file)."""
+    """The lines that are not empty, without the spaces around them; ``text`` is the first one."""
 
-    text: str
-    num_lines: int
+    lines: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """Return the first line, "" of an empty file."""
+        return self.lines[0] if self.lines else ""
+
+    @property
+    def num_lines(self) -> int:
+        """Return how many lines there are that are not empty."""
+        return len(self.lines)
+
+    def read_as(self, kind: str) -> str:
+        """Return the caption where lines mean this (see ScanOptions.caption_lines)."""
+        return READ_AS[kind](self.lines)
+
+
+def _tags(lines: tuple[str, ...]) -> str:
+    return ", ".join(dict.fromkeys(lines))
+
+
+def _words(lines: tuple[str, ...]) -> str:
+    return ", ".join(dict.fromkeys(word for line in lines for word in line.split()))
+
+
+READ_AS: dict[str, Callable[[tuple[str, ...]], str]] = {
+    "first": lambda lines: lines[0] if lines else "",
+    "all": "\n".join,
+    "tags": _tags,
+    "words": _words,
+}
 
 
 def pair_captions(
@@ -41,43 +74,53 @@ def pair_captions(
     before ``photo.txt``, then the extensions' order counts. Where no file has the exact spelling,
     capitals and Unicode composition do not matter, so that a dataset means the same on every system.
     """
-    exact = set(captions)
-    loose: dict[str, list[str]] = {}
-    for name in sorted(exact):
-        loose.setdefault(_folded(name), []).append(name)
+    orphans = set(captions)
+    if not orphans:
+        return {image: [] for image in images}, []
+    spellings: dict[str, list[str]] = {}
+    for name in sorted(orphans):
+        spellings.setdefault(folded(name), []).append(name)
+    endings = [(extension, folded(extension)) for extension in extensions]
     pairs: dict[str, list[str]] = {}
-    orphans = set(exact)
     for image in images:
-        stem = PurePosixPath(image).with_suffix("").as_posix()
+        stem = split_suffix(image)[0]
         found: list[str] = []
-        for base in dict.fromkeys((image, stem)):
-            for wanted in (base + extension for extension in extensions):
-                found += [wanted] if wanted in exact else loose.get(_folded(wanted), [])
-        pairs[image] = list(dict.fromkeys(found))
+        for base in (image, stem) if stem != image else (image,):
+            loose = folded(base)
+            for extension, ending in endings:
+                # No letter of a base joins with an extension's dot, so the parts can be folded apart.
+                if names := spellings.get(loose + ending):
+                    exact = base + extension
+                    found += [n for n in ([exact] if exact in names else names) if n not in found]
+        pairs[image] = found
         orphans.difference_update(found)
     return pairs, sorted(orphans)
 
 
-def read_caption(path: Path) -> CaptionText:
+def read_caption(path: Path | str) -> CaptionText:
     """Read a caption file; a byte order mark is fine. Raises CaptionFileError with the likely encoding."""
     try:
-        size = path.stat().st_size
-        if size > MAX_CAPTION_BYTES:
-            raise CaptionFileError(f"{size / 2**20:.1f} MiB, too long for a caption")
-        data = path.read_bytes()
+        with opened(path) as file:
+            data = file.get(0, START_BYTES)
+            if len(data) == START_BYTES:
+                data = file.get(0, MAX_CAPTION_BYTES + 1)
+            if len(data) > MAX_CAPTION_BYTES:
+                raise CaptionFileError(f"more than {MAX_CAPTION_BYTES // 2**20} MiB, too long for a caption")
         if b"\x00" in data[:4096] and _is_picture(path):
             raise CaptionFileError("it is an image, not text; give it an image's suffix")
     except OSError as error:
         raise CaptionFileError(error.strerror or type(error).__name__) from error
     try:
-        text = data.decode("utf-8-sig")
+        text = data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError:
         raise CaptionFileError(f"looks like {likely_encoding(data)}") from None
     if "\x00" in text:
         raise CaptionFileError(f"looks like {likely_encoding(data)}")
-    lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    lines = [line.strip() for line in text.split("\n")]
     lines = [line for line in lines if line]
-    return CaptionText(lines[0] if lines else "", len(lines))
+    return CaptionText(tuple(lines))
 
 
 def likely_encoding(data: bytes) -> str:
@@ -105,7 +148,7 @@ def likely_encoding(data: bytes) -> str:
     return "Windows-1252" if _decoded(data, "cp1252") else "another encoding, or damaged"
 
 
-def _is_picture(path: Path) -> bool:
+def _is_picture(path: Path | str) -> bool:
     try:
         return is_image(path)
     except UnreadableImageError:  # a picture, and too large
@@ -124,5 +167,6 @@ def _share(text: str, first: str, last: str) -> float:
     return sum(first <= c <= last for c in foreign) / max(1, len(foreign))
 
 
-def _folded(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
+def folded(name: str) -> str:
+    """Return the name in which capitals and Unicode composition do not matter."""
+    return name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()

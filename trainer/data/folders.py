@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import unicodedata
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from ..errors import LoraGraftError, nearest
 from .images import shown
@@ -14,15 +15,21 @@ from .images import shown
 MAX_REPEATS = 10_000
 # What systems and archives leave behind; never part of a dataset.
 CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")
+NUMBERS = re.compile(r"([0-9]+)")
 JUNCTION = 0xA0000003  # IO_REPARSE_TAG_MOUNT_POINT, which Python's stat module has on Windows only
 
 
 @dataclass(frozen=True)
 class Found:
-    """One regular file: ``name`` is its posix path relative to the root."""
+    """One regular file: ``name`` is its posix path relative to the root, ``place`` where it lies."""
 
     name: str
-    path: Path
+    place: str | Path
+
+    @property
+    def path(self) -> Path:
+        """Return where it lies; made when asked for, because a scan looks at thousands."""
+        return Path(self.place)
 
 
 @dataclass
@@ -65,19 +72,23 @@ def resolve_root(root: Path | str) -> tuple[Path, str]:
     raise _no_folder(text, "no such folder exists.", _did_you_mean(path))
 
 
-def walk(root: Path, *, recursive: bool) -> Walk:
+def walk(root: Path, *, recursive: bool, in_order: bool = True) -> Walk:
     """List what lies below ``root`` (a resolved path); links that lead out of it are not followed.
 
-    A folder in it that cannot be read is noted as bad; raises LG-DATA-001 for the root itself.
+    Files come ``in_order`` of `natural_key`, else as the system lists them. A folder in it that cannot be
+    read is noted as bad; raises LG-DATA-001 for the root itself.
     """
     found = Walk()
     folders = [root]
     while folders:
         folder = folders.pop()
+        inside = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
         try:
             with os.scandir(folder) as listing:
                 for entry in listing:
-                    if _is_own_folder(entry, root, found):
+                    if _is_plain_file(entry):
+                        found.files.append(Found(inside + entry.name, entry.path))
+                    elif _is_own_folder(entry, inside + entry.name, root, found):
                         (folders if recursive else found.unread_folders).append(Path(entry.path))
         except OSError as error:
             reason = error.strerror or type(error).__name__
@@ -85,18 +96,43 @@ def walk(root: Path, *, recursive: bool) -> Walk:
                 fix = "allow reading it, or give another folder"
                 raise _no_folder(str(root), f"it cannot be read ({reason}).", fix) from error
             found.bad[folder.relative_to(root).as_posix()] = f"folder: {reason}"
-    found.files.sort(key=lambda file: natural_key(file.name))
+    if in_order:
+        found.files.sort(key=by_name)
     found.unread_folders.sort(key=lambda path: natural_key(path.name))
     return found
 
 
+def by_name(file: Found) -> tuple[object, ...]:
+    """Return the file's place in natural order, for sorting."""
+    return natural_key(file.name)
+
+
 def natural_key(name: str) -> tuple[object, ...]:
     """Return a sort key that puts img2 before img10 and keeps folders together; no two names tie."""
-    parts = [
-        tuple(int(p) if p.isdecimal() else p for p in re.split(r"([0-9]+)", part.casefold()))
-        for part in name.split("/")
-    ]
-    return (*parts, name)
+    folder, _, last = name.rpartition("/")
+    return (*_folder_key(folder), _part_key(last), name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _folder_key(folder: str) -> tuple[object, ...]:
+    return tuple(_part_key(part) for part in folder.split("/")) if folder else ()
+
+
+def _part_key(part: str) -> tuple[int | str, ...]:
+    return tuple([int(p) if p.isdecimal() else p for p in NUMBERS.split(part.casefold())])
+
+
+def split_suffix(name: str) -> tuple[str, str]:
+    """Return a posix path without its suffix, and the suffix with its dot ("" where there is none)."""
+    dot = name.rfind(".")
+    if dot <= name.rfind("/") + 1 or dot == len(name) - 1:
+        return name, ""
+    return name[:dot], name[dot:]
+
+
+def suffix_of(name: str) -> str:
+    """Return the name's suffix with its dot, in lower case."""
+    return split_suffix(name)[1].casefold()
 
 
 def parse_folder(name: str) -> tuple[int, str] | None:
@@ -113,31 +149,46 @@ def folder_rule(name: str, root_name: str) -> tuple[int | None, str]:
     The nearest folder called ``<repeats>_<class words>`` decides, the root included, so that passing
     the parent and passing the folder itself mean the same. Else the plain folder's name is the words.
     """
-    folders = PurePosixPath(name).parts[:-1]
+    return _rule_of_folder(name.rpartition("/")[0], root_name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _rule_of_folder(path: str, root_name: str) -> tuple[int | None, str]:
+    folders = path.split("/") if path else []
     for folder in (*reversed(folders), root_name):
         if parsed := parse_folder(folder):
             return parsed
     return None, folders[-1] if folders else ""
 
 
-def _is_own_folder(entry: os.DirEntry[str], root: Path, found: Walk) -> bool:
-    """Say whether to look into this entry; else note in ``found`` what it is."""
-    path = Path(entry.path)
-    name = path.relative_to(root).as_posix()
+def _is_plain_file(entry: os.DirEntry[str]) -> bool:
+    """Say at once whether there is nothing odd about a file; nearly all are of this kind."""
+    name = entry.name
+    return (
+        os.name != "nt"
+        and entry.is_file(follow_symlinks=False)
+        and name[0] != "."
+        and name.isprintable()
+        and name.casefold() not in CLUTTER
+    )
+
+
+def _is_own_folder(entry: os.DirEntry[str], name: str, root: Path, found: Walk) -> bool:
+    """Say whether to look into this entry (``name`` from the root); else note in ``found`` what it is."""
     if entry.name.startswith(".") or entry.name.casefold() in CLUTTER:
         found.hidden.append(name)
     elif _is_link(entry):
-        target = _target(path)
+        target = _target(Path(entry.path))
         if target is None or not target.is_relative_to(root):
             found.links.append(name)
         elif target.is_dir():
             found.linked_folders.append(name)  # its target is read under its own name
         else:
-            _note_file(path, name, found)
+            _note_file(entry, name, found)
     elif entry.is_dir():
         return True
     else:
-        _note_file(path, name, found)
+        _note_file(entry, name, found)
     return False
 
 
@@ -145,21 +196,23 @@ def _is_link(entry: os.DirEntry[str]) -> bool:
     """Say whether this is a symbolic link, or a junction (Windows' other link to a folder)."""
     if entry.is_symlink():
         return True
+    if os.name != "nt":
+        return False
     return getattr(entry.stat(follow_symlinks=False), "st_reparse_tag", 0) == JUNCTION
 
 
-def _note_file(path: Path, name: str, found: Walk) -> None:
+def _note_file(entry: os.DirEntry[str], name: str, found: Walk) -> None:
     if _unwritable(name):
         found.bad[name] = "its name has characters that cannot be written down; rename it"
-    elif path.is_file():
-        found.files.append(Found(name, path))
+    elif entry.is_file():
+        found.files.append(Found(name, entry.path))
     else:
         found.special.append(name)
 
 
 def _unwritable(name: str) -> bool:
     """Say whether a name has control characters, or bytes that are no text."""
-    return any(unicodedata.category(c) in ("Cc", "Cs") for c in name)
+    return not name.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs") for c in name)
 
 
 def _target(path: Path) -> Path | None:
