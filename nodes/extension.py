@@ -15,15 +15,40 @@ class LoraGraftExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes; ComfyUI itself would reduce a failure to one line."""
         try:
+            from .bridges import DatasetToImages, ImagesToDataset
             from .build_dataset import BuildDataset
+            from .captions import EditCaptions, SetCaptions
+            from .crop import Crop
+            from .dataset_files import ExportDataset, LoadDatasetConfig
             from .demo_base import LoadDemoBase
+            from .frames import FrameExtract
             from .load_folder import LoadImageFolder
             from .preview import PreviewWithLoRA
+            from .tagging import DownloadTagger, WD14Tag
+            from .tidy import ConvertImages, FindDuplicates
             from .train import TrainLoRA
         except Exception:
             log.exception("LoraGraft cannot load its nodes")
             raise
-        return [LoadDemoBase, LoadImageFolder, BuildDataset, TrainLoRA, PreviewWithLoRA]
+        return [
+            LoadDemoBase,
+            LoadImageFolder,
+            ConvertImages,
+            FindDuplicates,
+            WD14Tag,
+            DownloadTagger,
+            EditCaptions,
+            SetCaptions,
+            BuildDataset,
+            LoadDatasetConfig,
+            ExportDataset,
+            TrainLoRA,
+            PreviewWithLoRA,
+            FrameExtract,
+            Crop,
+            DatasetToImages,
+            ImagesToDataset,
+        ]
 
 
 def create_extension() -> ComfyExtension:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,15 @@ def base_name(model: Any) -> str:
     init = getattr(model, "cached_patcher_init", None)
     source = init[1][0] if init and len(init) > 1 and init[1] else None
     return Path(source).stem if isinstance(source, str) else "comfyui"
+
+
+def token_counter(clip: Any) -> Callable[[str], int] | None:
+    """Return a function that counts a caption's tokens as this CLIP does; None where that is not known."""
+    inner = getattr(clip.tokenizer, getattr(clip.tokenizer, "clip", ""), None)
+    tokenizer = getattr(inner, "tokenizer", None)
+    if tokenizer is None:
+        return None
+    return lambda text: max(0, len(tokenizer(text)["input_ids"]) - 2)
 
 
 def tokenizer_folder(clip: Any) -> Path:

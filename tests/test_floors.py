@@ -19,7 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("nodes.extension",),
     ("nodes",),
-    ("nodes.host", "nodes.host_demo", "nodes.host_sampling", "nodes.host_weights"),
+    (
+        "nodes.host",
+        "nodes.host_demo",
+        "nodes.host_pictures",
+        "nodes.host_sampling",
+        "nodes.host_taggers",
+        "nodes.host_weights",
+    ),
     ("trainer.__main__", "trainer.demo.run"),
     ("trainer.commands",),
     ("trainer.api",),
@@ -42,8 +49,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "trainer.engine",
         "trainer.optim",
         "trainer.checkpoint",
-        "trainer.checks",
     ),
+    ("trainer.checks",),
     (
         "trainer.objective",
         "trainer.parts",

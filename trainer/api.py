@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,62 +11,168 @@ from .adapters.files import read_metadata as lora_metadata
 from .adapters.files import read_tensors as lora_tensors
 from .checks import make, make_both
 from .config import DatasetConfig, TrainConfig, as_dict, info_of
-from .data.records import Dataset, Record, scan_folder
-from .data.train_set import TrainSet, build_train_set
+from .data.bridge import check_memory, chosen_records, from_pictures, to_picture
+from .data.caption_lists import read_caption_list, set_captions
+from .data.caption_ops import PRESETS as CAPTION_PRESETS
+from .data.caption_ops import Edited, edit_captions, escape_brackets
+from .data.caption_steps import OPERATIONS as CAPTION_OPERATIONS
+from .data.config_files import read_blocks
+from .data.convert import convert
+from .data.crop import Cropped, CropSettings, crop_dataset
+from .data.crop_preview import crop_preview
+from .data.duplicate_sheet import duplicate_sheet
+from .data.duplicates import duplicate_lines, find_duplicates, without_duplicates
+from .data.extract import extract_frames, plan_frames
+from .data.frame_store import hand_edits
+from .data.frames import FrameSettings
+from .data.known_words import known_word
+from .data.kohya_export import Export, export_kohya
+from .data.options import bad_option
+from .data.orphans import find_orphans, remove_orphans
+from .data.records import Dataset, Record, merged
+from .data.records_file import load_dataset, save_dataset
+from .data.report_data import Viewpoint, report_data
+from .data.report_html import report_html
+from .data.report_images import report_pictures
+from .data.report_text import report_lines
+from .data.scan import complete, scan_folder
+from .data.scan_options import ScanOptions, parse_captions
+from .data.subjects import SEVERAL, own_subjects, subject_from_mask, subjects_from_boxes, subjects_from_file
+from .data.tag_counts import count_tags, frequency_lines
+from .data.tagger import TagSettings, tag_dataset
+from .data.tagger_download import download_lines, download_tagger
+from .data.tagger_models import AUTO as AUTO_TAGGER
+from .data.tagger_models import KNOWN_NAMES as KNOWN_TAGGERS
+from .data.tagger_models import TaggerFiles, choose_taggers, find_taggers
+from .data.train_set import Block, TrainSet, add_regularisation, build_train_set, freeze_blocks
+from .data.upscale import Upscaler, open_upscaler, upscale_small, weights_key
+from .data.video_files import find_videos
+from .data.working_copy import Encoding
 from .draw import Drawn, draw
 from .draw import Settings as DrawSettings
 from .errors import LoraGraftError
-from .events import Cached, Event, Finished, Note, Planned, Sampled, Saved, Step
+from .events import Cached, Event, Finished, Note, Planned, Sampled, Saved, Step, Validated
 from .families import opening
 from .families.opening import Base, find_tokenizer, hash_weights
 from .loop import Places, train
 from .paths import resolve, safe_name
 from .plan import plan_run
 from .preview import chart, grid, parse_range
+from .progress import validation_line
 
 __all__ = [
+    "AUTO_TAGGER",
     "Base",
+    "Block",
+    "CAPTION_OPERATIONS",
+    "CAPTION_PRESETS",
     "Cached",
+    "CropSettings",
+    "Cropped",
     "Dataset",
     "DatasetConfig",
     "DrawSettings",
     "Drawn",
+    "Edited",
+    "Encoding",
     "Event",
+    "Export",
     "Finished",
+    "FrameSettings",
+    "KNOWN_TAGGERS",
     "LoraGraftError",
     "Note",
     "Places",
     "Planned",
     "Record",
+    "SEVERAL",
     "Sampled",
     "Saved",
+    "ScanOptions",
     "Step",
+    "TagSettings",
+    "TaggerFiles",
     "TrainConfig",
     "TrainSet",
+    "Validated",
+    "Upscaler",
+    "Viewpoint",
+    "add_regularisation",
     "as_dict",
+    "bad_option",
     "build_train_set",
     "chart",
+    "check_memory",
+    "choose_taggers",
+    "chosen_records",
+    "complete",
+    "convert",
+    "count_tags",
+    "crop_dataset",
+    "crop_preview",
     "demo_base_file",
     "demo_dataset",
     "demo_tokenizer",
+    "download_lines",
+    "download_tagger",
     "draw",
+    "duplicate_lines",
+    "duplicate_sheet",
+    "edit_captions",
+    "escape_brackets",
+    "export_kohya",
+    "extract_frames",
+    "find_duplicates",
+    "find_orphans",
+    "find_taggers",
     "find_tokenizer",
+    "find_videos",
+    "freeze_blocks",
+    "frequency_lines",
+    "from_pictures",
     "grid",
+    "hand_edits",
     "hash_weights",
     "info_of",
+    "known_word",
+    "load_dataset",
     "lora_metadata",
     "lora_tensors",
     "make",
     "make_both",
+    "merged",
     "open_base",
     "open_base_from_weights",
     "open_demo_base",
+    "open_upscaler",
+    "own_subjects",
+    "parse_captions",
     "parse_range",
+    "plan_frames",
     "plan_run",
+    "read_blocks",
+    "read_caption_list",
+    "remove_orphans",
+    "report_data",
+    "report_html",
+    "report_lines",
+    "report_pictures",
     "resolve",
     "safe_name",
+    "save_dataset",
     "scan_folder",
+    "set_captions",
+    "subject_from_mask",
+    "subjects_from_boxes",
+    "subjects_from_file",
+    "tag_dataset",
+    "to_picture",
+    "token_counter",
     "train",
+    "validation_line",
+    "upscale_small",
+    "weights_key",
+    "without_duplicates",
 ]
 
 DEMO = Path(__file__).parent / "demo"
@@ -98,6 +204,15 @@ def open_base_from_weights(
     """
     folder = find_tokenizer(Path(tokenizer))
     return opening.open_weights(weights, name=name, tokenizer=folder, known_hash=weights_hash)
+
+
+def token_counter(tokenizer: Path | str | None = None) -> Callable[[str], int]:
+    """Return a function that counts a caption's tokens as CLIP does, without its start and end marks.
+
+    ``tokenizer`` is a folder, looked for as `open_base` does where it is None. Raises LG-BASE-007, -008.
+    """
+    loaded = opening.load_tokenizer(find_tokenizer(Path(tokenizer) if tokenizer else None))
+    return lambda text: max(0, len(loaded(text)["input_ids"]) - 2)
 
 
 def demo_base_file() -> Path:

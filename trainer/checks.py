@@ -165,6 +165,7 @@ def _bad(name: str, value: Any, expected: str, where: str, guess: str | None = N
 def _cross_checks(config: DatasetConfig | TrainConfig, where: str) -> None:
     if isinstance(config, DatasetConfig):
         _check_resolution(config, where)
+        _check_dataset(config, where)
         return
     if config.network_train_unet_only and config.text_encoder_lr:
         raise LoraGraftError(
@@ -199,6 +200,20 @@ def _cross_checks(config: DatasetConfig | TrainConfig, where: str) -> None:
             fix="choose constant_with_warmup, or set lr_warmup_steps to 0",
         )
     optimizer_kwargs(config)
+
+
+def _check_dataset(config: DatasetConfig, where: str) -> None:
+    if config.num_bucket and (config.bucket_no_upscale or not config.enable_bucket):
+        other = "bucket_no_upscale" if config.bucket_no_upscale else "enable_bucket = false"
+        raise LoraGraftError(
+            "LG-CFG-004",
+            f"num_bucket is given together with {other}.",
+            where=where,
+            why="num_bucket makes buckets of one area from the images' aspect ratios.",
+            fix=f"set num_bucket to 0, or take {other} back",
+        )
+    if config.caption_template and not config.caption_template.strip():
+        raise _bad("caption_template", config.caption_template, "empty or text with {caption} in it", where)
 
 
 def _check_resolution(config: DatasetConfig, where: str) -> None:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .data.lettering import font_for
 from .errors import LoraGraftError
 
 PAPER, INK, FAINT, RAW, SMOOTH, MARK = "#ffffff", "#1c1e21", "#d8dce2", "#b9c6dd", "#2f5fb3", "#3a9a5c"
 GAP = 6
 MAX_VALUES = 100
-FIRST_BEYOND_OWN_FONT = 0x250  # Pillow's own font draws Latin letters only
-SYSTEM_FONTS = (  # Chinese, Japanese, Korean and Cyrillic: Linux, Windows, macOS
-    "NotoSansCJK-Regular.ttc",
-    "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
-    "wqy-microhei.ttc",
-    "msyh.ttc",
-    "meiryo.ttc",
-    "PingFang.ttc",
-    "Hiragino Sans GB.ttc",
-    "DejaVuSans.ttf",
-    "arial.ttf",
-)
 RANGE = re.compile(r"^\s*(-?[\d.]+)\s*-\s*(-?[\d.]+)\s*(?:\[\s*(\d+)\s*\])?\s*$")
 
 
@@ -70,7 +58,7 @@ def grid(
     title = _shown(title)
     width = max(im.width for row in cells for im in row)
     height = max(im.height for row in cells for im in row)
-    font = _font(max(11, min(22, height // 12)), [title, *row_labels, *column_labels])
+    font = font_for(max(11, min(22, height // 12)), [title, *row_labels, *column_labels])
     column_width = max(
         width, min(3 * width, max((round(font.getlength(c)) + 8 for c in column_labels), default=0))
     )
@@ -117,7 +105,7 @@ def chart(
 ) -> Image.Image:
     """Plot a loss per step, raw and smoothed, with a mark at each saved step; ``size`` is (width, height)."""
     sheet = Image.new("RGB", size, PAPER)
-    draw, font = ImageDraw.Draw(sheet), _font(13)
+    draw, font = ImageDraw.Draw(sheet), font_for(13)
     left, top, right, bottom = 70, 24, size[0] - 20, size[1] - 40
     if not losses:
         draw.text((left, top), "no steps", INK, font)
@@ -157,17 +145,6 @@ def smoothed(values: Sequence[float], decay: float = 0.95) -> list[float]:
         weight = decay * weight + (1 - decay)
         result.append(mean / weight)
     return result
-
-
-def _font(size: int, texts: Iterable[str] = ()) -> ImageFont.FreeTypeFont:
-    """Return Pillow's own font, or a system's where a text has letters beyond it."""
-    if any(ord(letter) >= FIRST_BEYOND_OWN_FONT for text in texts for letter in text):
-        for name in SYSTEM_FONTS:
-            with contextlib.suppress(OSError):
-                return ImageFont.truetype(name, size)
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # the kind that load_default gives for a size
-    return font
 
 
 def _shown(text: str) -> str:

@@ -74,7 +74,7 @@ def free_port() -> int:
 
 
 def on_gpu() -> bool:
-    """Say whether the server shall use the machine's GPU: LORAGRAFT_HOST_DEVICE=gpu, as `make test-gpu` sets."""
+    """Say whether the server shall use a GPU: LORAGRAFT_HOST_DEVICE=gpu, as `make test-gpu` sets."""
     return os.environ.get("LORAGRAFT_HOST_DEVICE") == "gpu"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import time
@@ -13,11 +14,37 @@ from PIL import Image
 from loragraft.trainer import api
 from loragraft_tests.comfyui import prompts
 from loragraft_tests.comfyui.conftest import TRAINED, DemoRun
-from loragraft_tests.comfyui.harness import Comfy
+from loragraft_tests.comfyui.harness import Comfy, on_gpu
 
 
 def pixels(server: Comfy, image: dict[str, str]) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(io.BytesIO(server.view(image))).convert("RGB"))
+
+
+def assert_same_picture(
+    server: Comfy, ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any], where: str
+) -> None:
+    """Assert equal pixels; on a GPU, that they differ no more than two runs of ComfyUI's own nodes do."""
+    apart = int(np.abs(ours.astype(int) - theirs.astype(int)).max())
+    assert apart <= own_noise(server), f"{where}: {apart} of 255"
+
+
+@functools.cache
+def own_noise(server: Comfy) -> int:
+    """Return by how much the native nodes' picture of one seed changes; on a CPU it never does."""
+    if not on_gpu():
+        return 0
+    first, other, again = (
+        pixels(
+            server,
+            server.run(prompts.native_prompt(None, prefix=f"noise{i}", seeds=seed))["save"]["images"][0],
+        ).astype(int)
+        for i, seed in enumerate(("3", "4", "3"))
+    )
+    assert not np.array_equal(first, other)
+    noise = int(np.abs(first - again).max())
+    print(f"native nodes: {noise} of 255 from run to run")
+    return noise
 
 
 def test_it_leaves_the_lora_its_words_and_a_grid(server: Comfy, demo: DemoRun) -> None:
@@ -92,7 +119,7 @@ def test_a_cell_is_what_the_native_nodes_draw(server: Comfy, demo: DemoRun) -> N
                 prompts.native_prompt(widgets, prefix=f"native_{row}_{column}", seeds=str(seed))
             )
             drawn = pixels(server, native["save"]["images"][0])
-            assert np.array_equal(drawn, cells[2 * row + column]), f"row {row}, seed {seed}"
+            assert_same_picture(server, drawn, cells[2 * row + column], f"row {row}, seed {seed}")
     assert not np.array_equal(cells[0], cells[4]), "the LoRA changes nothing"
 
 
@@ -108,9 +135,8 @@ def test_model_and_clip_outputs_equal_the_native_loader(server: Comfy, demo: Dem
             {"lora_name": demo.file.name, "strength_model": 1.0, "strength_clip": 1.0}, prefix="loader"
         )
     )
-    assert np.array_equal(
-        pixels(server, ours["save"]["images"][0]), pixels(server, native["save"]["images"][0])
-    )
+    pictures = (pixels(server, outputs["save"]["images"][0]) for outputs in (ours, native))
+    assert_same_picture(server, *pictures, "outputs")
 
 
 def test_native_training_nodes_take_the_outputs(server: Comfy, demo: DemoRun) -> None:

@@ -188,6 +188,7 @@ def test_no_name_writes_outside_the_loras_folder(server: Comfy, canary: Path) ->
         said = outcome(server, prompts.train_prompt(output_name=name, max_train_steps=1))
         assert "LG-PATH" in said or "LG-CFG" in said, (text, said)
     new = {f for f in server.base.parent.rglob("*") if f.is_file()} - before
+    new = {f for f in new if not f.is_relative_to(server.base / "temp")}  # Build Dataset shows its report
     assert not {f for f in new if f.suffix in (".safetensors", ".txt", ".png")}, new
     assert audit(server) == []
 
@@ -240,6 +241,106 @@ def test_widgets_of_a_wrong_kind_are_refused(server: Comfy) -> None:
         graph = prompts.train_prompt(output_name="never", max_train_steps=1)
         graph[name]["inputs"][widget] = value
         status, answer = server.post_prompt(graph)
-        if status == 200:
+        if status == 200:  # Build Dataset can run by itself, whatever is wrong with Train LoRA
             entry = server.wait(answer["prompt_id"])
-            assert "LG-" in error_text(entry), (widget, value)
+            assert name in answer["node_errors"] or "LG-" in error_text(entry), (widget, value)
+
+
+# ---- the dataset's nodes ----
+
+PLACES = (
+    *("mask_folder", "caption_json", "convert name", "convert prefix", "frames path", "frames name"),
+    *("images name", "config file", "export name"),
+)
+
+
+@pytest.fixture(scope="module")
+def small(server: Comfy) -> Path:
+    """Return a folder with one picture and a video."""
+    from loragraft_tests.trainer.videos import encode, scene
+
+    folder = server.base / "input" / "hostile" / "1_x"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (64, 64), "blue").save(folder / "a.png")
+    encode(server.base / "input" / "hostile_films" / "a.mp4", [scene(n) for n in range(3)])
+    return folder
+
+
+def dataset_graph(place: str, text: str) -> prompts.Prompt:
+    """Return a graph in which one text of one dataset node is hostile."""
+    graph = {"folder": prompts.dataset_nodes("hostile")["folder"]}
+    source: list[Any] = ["folder", 0]
+    if place == "mask_folder":
+        graph["folder"]["inputs"] |= {"masks": "folder", "mask_folder": text}
+    elif place == "caption_json":
+        graph["folder"]["inputs"]["caption_json"] = text
+    elif place.startswith("convert"):
+        values = {"name": "hostile", "prefix": "", place.removeprefix("convert "): text}
+        graph["node"] = prompts.node(
+            "LoraGraftConvertImages", dataset=source, format="png", quality=0, names="number", **values
+        )
+    elif place.startswith("frames"):
+        values = {"path": "hostile_films", "name": "hostile_films", place.removeprefix("frames "): text}
+        graph["node"] = prompts.node(
+            "LoraGraftFrameExtract",
+            mode="every_n_frames",
+            every_n_frames=1,
+            every_n_seconds=1.0,
+            start=0.0,
+            end=0.0,
+            max_frames=2,
+            skip_blurred=False,
+            skip_similar=False,
+            image_format="png",
+            recursive=True,
+            class_tokens="x",
+            default_repeats=1,
+            on_bad="stop",
+            **values,
+        )
+    elif place == "images name":
+        graph["pictures"] = prompts.node("EmptyImage", width=64, height=64, batch_size=1, color=0)
+        graph["node"] = prompts.node(
+            "LoraGraftImagesToDataset",
+            images=["pictures", 0],
+            name=text,
+            image_format="png",
+            class_tokens="x",
+        )
+    elif place == "config file":
+        graph = {
+            "node": prompts.node(
+                "LoraGraftLoadDatasetConfig", file=text, resolution=64, on_bad="stop", missing_captions="stop"
+            )
+        }
+    elif place == "export name":
+        graph |= {"build": prompts.dataset_nodes("hostile")["build"]}
+        graph["node"] = prompts.node(
+            "LoraGraftExportDataset",
+            train_set=["build", 0],
+            name=text,
+            format="png",
+            quality=97,
+            relative=False,
+        )
+    shown = "node" if "node" in graph else "folder"
+    return graph | {"show": prompts.node("PreviewAny", source=[shown, 1])}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_text_of_a_dataset_node_leaves_the_roots(
+    server: Comfy, canary: Path, small: Path, place: str
+) -> None:
+    outside = [p for p in server.base.parent.iterdir() if p != server.base and not p.is_symlink()]
+    before = {p: tree(p) for p in outside}
+    refused = 0
+    for text in PATHS:
+        path = payload(text, server, canary)
+        said = outcome(server, dataset_graph(place, path))
+        if said:
+            assert "LG-" in said, (text, said)
+            refused += 1
+        assert "canary caption" not in said
+    assert refused > len(PATHS) / 2, "most of these name nothing that a workflow may touch"
+    assert audit(server) == []
+    assert {p: tree(p) for p in outside} == before

@@ -8,52 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from loragraft.nodes import widgets
 from loragraft_tests.comfyui import prompts
 from loragraft_tests.comfyui.harness import Comfy
-
-# For ever: saved workflows name these ids and sockets, and store widget values in this order.
-NODES: dict[str, tuple[str, str, list[str], list[str]]] = {
-    "LoraGraftLoadDemoBase": ("Load Demo Base", "LoraGraft/train", [], ["MODEL", "CLIP", "VAE"]),
-    "LoraGraftLoadImageFolder": (
-        "Load Image Folder",
-        "LoraGraft/dataset",
-        ["path", "recursive", "class_tokens", "default_repeats", "on_bad"],
-        ["LORAGRAFT_DATASET", "STRING"],
-    ),
-    "LoraGraftBuildDataset": (
-        "Build Dataset",
-        "LoraGraft/dataset",
-        ["dataset", *widgets.DATASET_COMMON, *widgets.DATASET_ADVANCED],
-        ["LORAGRAFT_TRAIN_SET", "STRING"],
-    ),
-    "LoraGraftTrainLoRA": (
-        "Train LoRA",
-        "LoraGraft/train",
-        ["model", "clip", "vae", "train_set", *widgets.TRAIN_COMMON, *widgets.TRAIN_ADVANCED, "existing_run"],
-        ["LORA_MODEL", "MODEL", "CLIP", "LOSS_MAP", "STRING", "STRING", "LORAGRAFT_CHECKPOINTS"],
-    ),
-    "LoraGraftPreviewWithLoRA": (
-        "Preview with LoRA",
-        "LoraGraft/test",
-        [
-            *(
-                "model",
-                "clip",
-                "vae",
-                "lora_name",
-                "prompts",
-                "negative",
-                "seeds",
-                "strengths",
-                "clip_strengths",
-            ),
-            *("sampler_name", "scheduler", "steps", "cfg", "width", "height", "batch_size", "save_grid"),
-            *("checkpoints", "max_checkpoints"),
-        ],
-        ["IMAGE", "IMAGE"],
-    ),
-}
+from loragraft_tests.comfyui.node_table import NODES
 
 
 @pytest.fixture(scope="module")

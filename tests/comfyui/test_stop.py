@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loragraft_tests.comfyui import prompts
-from loragraft_tests.comfyui.harness import Comfy
+from loragraft_tests.comfyui.harness import Comfy, on_gpu
 
 STEPS = 12
 
@@ -44,6 +44,7 @@ def test_cancel_keeps_the_work_and_the_next_queueing_ends_in_the_same_bytes(serv
         "save_every_n_steps": 4 if kind != "step" else 0,
         "seed": 21,
         "lr_scheduler": "cosine",
+        "deterministic": on_gpu(),
     }
     prompt = prompts.train_prompt(**settings)
     file = server.base / "models/loras" / f"{name}.safetensors"

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loragraft.trainer.checks import make
 from loragraft.trainer.config import DatasetConfig
 from loragraft.trainer.data.caption_files import (
     MAX_CAPTION_BYTES,
@@ -19,11 +20,11 @@ from loragraft.trainer.data.caption_files import (
     pair_captions,
     read_caption,
 )
-from loragraft.trainer.data.captions import is_varied, vary_caption
+from loragraft.trainer.data.captions import fixed_captions, is_varied, vary_caption
+from loragraft_tests.fuzz import cases
 from loragraft_tests.trainer.data_folders import golden, picture
 
-OURS = {f.name for f in dataclasses.fields(DatasetConfig)}
-CASES = [case for case in golden("captions") if set(case["options"]) <= OURS]
+CASES = golden("captions")
 EXTENSIONS = (".txt", ".caption")
 
 
@@ -32,14 +33,15 @@ EXTENSIONS = (".txt", ".caption")
 
 @pytest.mark.parametrize("case", CASES, ids=[str(case["options"]) for case in CASES])
 def test_outcomes_equal_the_reference(case: dict[str, Any]) -> None:
-    config = DatasetConfig(**case["options"])
-    seen = {vary_caption(case["caption"], config, random.Random(f"draw {i}")) for i in range(400)}
+    config = make(DatasetConfig, case["options"])
+    at = {"epoch": case["epoch"] - 1, "step": case["step"]}  # the reference counts epochs from 1
+    seen = {vary_caption(case["caption"], config, random.Random(f"draw {i}"), **at) for i in range(400)}
     assert seen == set(case["outcomes"])
     assert len(seen) == case["num_outcomes"]
 
 
-def test_the_golden_file_has_cases_for_us() -> None:
-    assert len(CASES) == 4
+def test_the_golden_file_is_whole() -> None:
+    assert len(CASES) == 11
 
 
 def test_plain_captions_stay_as_they_are_and_draw_nothing() -> None:
@@ -74,6 +76,119 @@ def test_another_separator() -> None:
     config = DatasetConfig(shuffle_caption=True, caption_separator=";", keep_tokens=1)
     seen = {vary_caption("x y; a, b; c", config, random.Random(i)) for i in range(50)}
     assert seen == {"x y, a, b, c", "x y, c, a, b"}
+
+
+def varied(caption: str, config: DatasetConfig, **at: int) -> set[str]:
+    return {vary_caption(caption, config, random.Random(i), **at) for i in range(60)}
+
+
+def test_prefix_and_suffix_stand_at_the_line_that_is_used() -> None:
+    config = DatasetConfig(caption_prefix="art,", caption_suffix=", end")
+    assert varied("one\ntwo", config) == {"art, one , end"}, "the reference loses the suffix here"
+    lines = dataclasses.replace(config, enable_wildcard=True)
+    assert varied("one\ntwo", lines) == {"art, one , end", "art, two , end"}
+
+
+def test_the_mark_of_kept_tags_never_stays() -> None:
+    config = DatasetConfig(keep_tokens_separator="|||")
+    assert varied("name ||| x, y", config) == {"name, x, y"}, "the reference trains it as text here"
+    assert varied("no mark, x", config) == {"no mark, x"}
+    dropped = dataclasses.replace(config, caption_tag_dropout_rate=1.0, keep_tokens=1)
+    assert varied("a, b ||| x, y ||| z", dropped) == {"a, b, z"}
+    assert varied("a, b, c", dropped) == {"a"}, "without a mark keep_tokens counts"
+
+
+def test_captions_are_dropped_in_every_nth_epoch() -> None:
+    config = DatasetConfig(caption_dropout_every_n_epochs=3)
+    kept = [vary_caption("a", config, random.Random(0), epoch=epoch) for epoch in range(7)]
+    assert kept == ["a", "a", "", "a", "a", "", "a"], "epochs 3 and 6 as the reference counts"
+
+
+def test_token_warmup_lets_more_and_more_tags_through() -> None:
+    config = DatasetConfig(token_warmup_step=10, token_warmup_min=2, keep_tokens=1)
+    tags = "t, a, b, c, d, e"
+    counts = [len(vary_caption(tags, config, random.Random(0), step=step).split(", ")) for step in range(12)]
+    assert counts == [3, 3, 3, 3, 4, 4, 4, 5, 5, 5, 6, 6]
+    share = DatasetConfig(token_warmup_step=0.5, token_warmup_min=2, keep_tokens=1)
+    assert [
+        len(vary_caption(tags, share, random.Random(0), step=step, total_steps=20).split(", "))
+        for step in range(12)
+    ] == counts
+    few = DatasetConfig(token_warmup_step=10, token_warmup_min=9)
+    assert varied("a, b", few) == {"a, b"}
+
+
+def test_a_template_stands_around_the_tags() -> None:
+    config = DatasetConfig(caption_template="photo of sks, {caption}", shuffle_caption=True)
+    assert varied("a, b", config) == {"photo of sks, a, b", "photo of sks, b, a"}
+    several = DatasetConfig(caption_template="x {caption}\n\ny {caption}")
+    assert varied("{caption}", several) == {"x {caption}", "y {caption}"}, "its place is filled once"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, ("a, b",)),
+        ({"caption_dropout_rate": 0.1}, ("a, b", "")),
+        ({"caption_dropout_every_n_epochs": 2}, ("a, b", "")),
+        ({"caption_prefix": "x"}, ("x a, b",)),
+        ({"caption_template": "an {caption}"}, ("an a, b",)),
+        ({"secondary_separator": " "}, ("a,,b",)),
+        ({"shuffle_caption": True}, None),
+        ({"caption_tag_dropout_rate": 0.1}, None),
+        ({"token_warmup_step": 5}, None),
+        ({"enable_wildcard": True}, None),
+        ({"caption_template": "{caption}\nx {caption}"}, None),
+    ],
+)
+def test_what_can_be_encoded_once(change: dict[str, Any], expected: tuple[str, ...] | None) -> None:
+    config = DatasetConfig(**change)
+    found = fixed_captions("a, b", config)
+    assert found == expected
+    assert is_varied(config) is (found is None or len(found) > 1)
+    if found is not None:
+        drawn = {vary_caption("a, b", config, random.Random(i), epoch=i % 4) for i in range(200)}
+        assert drawn == set(found)
+
+
+def test_a_setting_does_not_move_what_is_drawn_before_it() -> None:
+    plain = DatasetConfig(caption_dropout_rate=0.5)
+    more = dataclasses.replace(plain, enable_wildcard=True, shuffle_caption=True)
+    for seed in range(100):
+        empty = vary_caption("a, {b|c}", plain, random.Random(seed)) == ""
+        assert (vary_caption("a, {b|c}", more, random.Random(seed)) == "") is empty
+
+
+ANY_CONFIG = st.fixed_dictionaries(
+    {
+        "shuffle_caption": st.booleans(),
+        "keep_tokens": st.integers(0, 3),
+        "caption_tag_dropout_rate": st.sampled_from([0.0, 0.5, 1.0]),
+        "enable_wildcard": st.booleans(),
+        "keep_tokens_separator": st.sampled_from(["", "|||"]),
+        "secondary_separator": st.sampled_from(["", ";;;"]),
+        "token_warmup_step": st.sampled_from([0, 0.5, 10]),
+        "caption_template": st.sampled_from(["", "x {caption}", "a\n{caption}"]),
+        "caption_prefix": st.sampled_from(["", "p,"]),
+    }
+)
+
+
+@given(
+    caption=st.text(alphabet="ab{}|,;\n \ue000", max_size=30),
+    values=ANY_CONFIG,
+    seed=st.integers(0, 9),
+    step=st.integers(0, 20),
+)
+@settings(max_examples=cases(5000), deadline=None)
+def test_any_caption_gives_one_line_and_the_same_again(
+    caption: str, values: dict[str, Any], seed: int, step: int
+) -> None:
+    config = make(DatasetConfig, values)
+    at = {"step": step, "total_steps": 20}
+    result = vary_caption(caption, config, random.Random(seed), **at)
+    assert result == vary_caption(caption, config, random.Random(seed), **at)
+    assert "\n" not in result
 
 
 TAGS = st.lists(
@@ -197,7 +312,7 @@ def test_another_encoding_is_refused_by_its_likely_name(
 def test_what_is_no_caption_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_bytes(b"x" * (MAX_CAPTION_BYTES + 1))
-    with pytest.raises(CaptionFileError, match=r"1\.0 MiB"):
+    with pytest.raises(CaptionFileError, match="more than 1 MiB"):
         read_caption(path)
     picture().save(path, format="PNG")
     with pytest.raises(CaptionFileError, match="is an image"):

@@ -20,7 +20,11 @@ DEFS: dict[str, dict[str, Any]] = {
 MAIN: dict[str, dict[str, Any]] = {
     lang: json.loads((ROOT / "locales" / lang / "main.json").read_text("utf-8")) for lang in LANGUAGES
 }
-NODES = ("LoadDemoBase", "LoadImageFolder", "BuildDataset", "TrainLoRA", "PreviewWithLoRA")
+NODES = (
+    *("LoadDemoBase", "LoadImageFolder", "FrameExtract", "ConvertImages", "FindDuplicates", "Crop"),
+    *("WD14Tag", "DownloadTagger", "EditCaptions", "SetCaptions", "DatasetToImages", "ImagesToDataset"),
+    *("BuildDataset", "LoadDatasetConfig", "ExportDataset", "TrainLoRA", "PreviewWithLoRA"),
+)
 TABLES = {"LoraGraftBuildDataset": widgets.dataset_widgets(), "LoraGraftTrainLoRA": widgets.train_widgets()}
 # The frontend reads these as vue-i18n messages, in which they are syntax.
 SYNTAX = re.compile(r"[{}@|]")

@@ -12,8 +12,9 @@ from typing import Any
 from .. import api
 from ..config import DatasetConfig, TrainConfig
 from ..progress import ProgressLine
-from .dataset import open_dataset
+from .dataset_build import add_config_source, open_train_set
 from .settings import add_base_flags, add_config_flags, open_base, read_settings
+from .source import add_source
 
 
 def add(commands: Any) -> None:
@@ -24,10 +25,8 @@ def add(commands: Any) -> None:
     command.set_defaults(run=train)
     command.add_argument("--config", help="TOML file of settings; flags win over it")
     command.add_argument("--train_data_dir", help="image folder, dataset file (.json), or 'demo'")
-    command.add_argument("--class_tokens", default="", help="class words where the folder name gives none")
-    command.add_argument(
-        "--on_bad", choices=("stop", "skip"), default="stop", help="what to do about unreadable images"
-    )
+    add_config_source(command)
+    add_source(command)
     add_base_flags(command, required=False)
     command.add_argument("--output_dir", default="output", help="where runs/, loras/ and cache/ go")
     command.add_argument("--fresh", action="store_true", help="set an earlier run of the same settings aside")
@@ -36,12 +35,11 @@ def add(commands: Any) -> None:
 
 def train(arguments: argparse.Namespace) -> int:
     """Train; returns 0 when finished, 130 when stopped by Ctrl-C with the last step saved."""
-    settings, (base_path, data_path) = read_settings(
-        arguments, "pretrained_model_name_or_path", "train_data_dir"
-    )
-    data_config, train_config = api.make_both(settings, where=str(arguments.config or "command line"))
+    data = () if arguments.dataset_config else ("train_data_dir",)
+    settings, (base_path, *_) = read_settings(arguments, "pretrained_model_name_or_path", *data)
+    _, train_config = api.make_both(settings, where=str(arguments.config or "command line"))
     base = open_base(base_path, arguments)
-    train_set = api.build_train_set(open_dataset(data_path, arguments), data_config)
+    train_set = open_train_set(arguments)
     output = Path(arguments.output_dir)
     places = api.Places(output / "runs", output / "loras", output / "cache")
     events = api.train(

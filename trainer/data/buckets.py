@@ -55,10 +55,13 @@ def select_bucket(image: Size, config: DatasetConfig) -> Choice:
         return nearest_bucket(image, (resolution,))
     if config.bucket_no_upscale:
         return own_bucket(image, resolution[0] * resolution[1], config.bucket_reso_steps)
-    return nearest_bucket(
-        image,
-        _buckets(resolution, config.min_bucket_reso, config.max_bucket_reso, config.bucket_reso_steps),
-    )
+    return nearest_bucket(image, _buckets(resolution, *bucket_limits(config), config.bucket_reso_steps))
+
+
+def bucket_limits(config: DatasetConfig) -> tuple[int, int]:
+    """Return the shortest and longest bucket side on whole steps: down and up, as kohya's trainer does."""
+    step = config.bucket_reso_steps
+    return max(step, config.min_bucket_reso // step * step), -(-config.max_bucket_reso // step) * step
 
 
 def nearest_bucket(image: Size, buckets: tuple[Size, ...]) -> Choice:

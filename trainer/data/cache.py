@@ -23,7 +23,7 @@ from ..errors import LoraGraftError
 from ..safefile import tensor_bytes, write_safetensors
 
 # Part of every key: raise it when cached content would be computed differently.
-VERSION = 1
+VERSION = 2
 LEFTOVER_AFTER_S = 24 * 3600
 
 

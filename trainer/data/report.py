@@ -1,21 +1,16 @@
-"""Say in plain words what a scan found and what training will do to it, before anything is spent."""
+"""Say in plain words what training will do to a dataset's pictures and captions, before it is spent."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePosixPath
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
-
-from PIL import ImageFile
 
 from ..config import DatasetConfig, resolution_wh
 from ..errors import listed
-from .buckets import Choice, Size
-from .caption_files import CaptionText
+from .buckets import Choice, Size, bucket_limits
 from .captions import tags_of
-from .folders import Found, Walk, natural_key
-from .images import ImageFacts, shown
+from .folders import natural_key
+from .images import shown
 
 if TYPE_CHECKING:
     from .records import Record
@@ -26,81 +21,12 @@ NUM_EXAMPLES = 3
 NUM_NAMES = 8
 
 
-def scan_image_lines(records: Sequence[Record], root_name: str, facts: Mapping[str, ImageFacts]) -> list[str]:
-    """Return how many images there are, how often they count, and what is odd about some."""
-    total = sum(record.repeats for record in records)
-    lines = [f"{counted(len(records), 'image')} in {shown(root_name)}, {total} with repeats."]
-    groups = Counter((record.repeats, record.concept) for record in records)
-    for (repeats, concept), count in groups.items():
-        words = f"class words '{shown(concept)}'" if concept else "no class words"
-        lines.append(f"  {repeats} x {counted(count, 'image')}, {words}")
-    same: dict[str, list[str]] = {}
-    for record in records:
-        same.setdefault(record.content_hash, []).append(record.name)
-    twins = [" = ".join(names) for names in same.values() if len(names) > 1]
-    alpha = [r.name for r in records if facts[r.name].has_alpha]
-    animated = [r.name for r in records if facts[r.name].is_animated]
-    lines += _noted("The same picture more than once", twins)
-    lines += _noted("Transparent parts are laid on white", alpha)
-    lines += _noted("Only the first frame or page is used", animated)
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        lines.append(
-            "Another part of this process makes Pillow accept truncated images; some may go unnoticed."
-        )
-    return lines
-
-
-def scan_caption_lines(
-    records: Sequence[Record],
-    pairs: Mapping[str, list[str]],
-    captions: Mapping[str, CaptionText],
-    orphans: Sequence[str],
-) -> list[str]:
-    """Return where the captions come from, and which files were not taken as they are."""
-    used = {record.name: pairs[record.name][0] for record in records if pairs[record.name]}
-    sources = Counter(PurePosixPath(name).suffix.casefold() for name in used.values())
-    parts = [f"{count} from {suffix} files" for suffix, count in sources.items()]
-    if len(used) < len(records):
-        parts.append(f"{len(records) - len(used)} from class words, having no caption file")
-    several = [
-        f"{image} ({', '.join(pairs[image])})"
-        for image in used
-        if len({captions[name].text for name in pairs[image]}) > 1
-    ]
-    shared = [name for name, count in Counter(used.values()).items() if count > 1]
-    long = [name for name in set(used.values()) if captions[name].num_lines > 1]
-    return [
-        f"Captions: {', '.join(parts)}.",
-        *_noted("Several caption files that differ, the first is used", several),
-        *_noted("Caption files that several images share", shared),
-        *_noted("Caption files of several lines, only the first is used", long),
-        *_noted("Caption files that belong to no image", orphans),
-    ]
-
-
-def scan_left_out_lines(
-    bad: Mapping[str, str], dropped: Sequence[Found], found: Walk, others: Sequence[str]
-) -> list[str]:
-    """Return what lies in the folder and is not trained on."""
-    unread = [path.name for path in found.unread_folders]
-    return [
-        *_noted("Skipped, cannot be read", [f"{name} ({reason})" for name, reason in bad.items()]),
-        *_noted("Left out, the folder's name asks for 0 repeats", [file.name for file in dropped]),
-        *_noted("Left out, links that lead out of the folder or nowhere", found.links),
-        *_noted("Left out, links to folders", found.linked_folders),
-        *_noted("Left out, neither files nor folders", found.special),
-        *_noted("Left out, hidden", found.hidden),
-        *_noted("Left out, folders in this one, because 'recursive' is off", unread),
-        *_noted("Left out, not images", others),
-    ]
-
-
 def bucket_lines(records: Sequence[Record], choices: Sequence[Choice], config: DatasetConfig) -> list[str]:
     """Return the table of buckets, and the images that lose much or are enlarged."""
     members: dict[Size, list[int]] = {}
     for index, choice in enumerate(choices):
         members.setdefault(choice.bucket, []).append(index)
-    lines = [_bucket_title(config, len(members))]
+    lines = [_bucket_title(config, len(members)), *_moved_limits(config)]
     lines.append(f"  {'size':>11}  {'images':>6}  {'with repeats':>12}  {'mean crop':>9}")
     for bucket in sorted(members):
         inside = members[bucket]
@@ -136,6 +62,12 @@ def caption_use_lines(records: Sequence[Record], config: DatasetConfig) -> list[
     return lines
 
 
+def group_line(number: int, num_images: int, batch_size: int | None) -> str:
+    """Return the heading of one group of images that form batches only among themselves."""
+    size = f"batch size {batch_size}" if batch_size else "the run's batch size"
+    return f"Group {number}: {counted(num_images, 'image')}, {size}."
+
+
 def counted(number: int, noun: str) -> str:
     """Return "1 image", "2 images"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
@@ -150,12 +82,29 @@ def _bucket_title(config: DatasetConfig, used: int) -> str:
     area = size_text(resolution_wh(config))
     if not config.enable_bucket:
         return f"No buckets: every image is scaled to cover {area} and cut from its centre."
+    if config.num_bucket:
+        return (
+            f"{counted(used, 'bucket')} of about the area of {area}, made from the images' aspect ratios "
+            "(num_bucket; min_bucket_reso and max_bucket_reso do nothing)."
+        )
     if config.bucket_no_upscale:
         return (
             f"{counted(used, 'bucket')} of at most the area of {area}, after the images' own sizes "
             "(bucket_no_upscale; min_bucket_reso and max_bucket_reso do nothing)."
         )
     return f"{counted(used, 'bucket')} of at most the area of {area}."
+
+
+def _moved_limits(config: DatasetConfig) -> list[str]:
+    if not config.enable_bucket or config.bucket_no_upscale or config.num_bucket:
+        return []
+    given = {"min_bucket_reso": config.min_bucket_reso, "max_bucket_reso": config.max_bucket_reso}
+    moved = [
+        f"{name} {value} counts as {used}"
+        for (name, value), used in zip(given.items(), bucket_limits(config), strict=True)
+        if value != used
+    ]
+    return [f"{', '.join(moved)}, on whole bucket_reso_steps."] if moved else []
 
 
 def _noted(text: str, names: Iterable[str]) -> list[str]:
