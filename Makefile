@@ -26,7 +26,7 @@ PIP = $(PY) -m pip --disable-pip-version-check
 PYTEST = $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-comfy test-full test-gpu test-fuzz check check-deps bench fmt screenshots package
+.PHONY: help setup demo test test-comfy test-full test-gpu test-fuzz check check-deps bench bench-dataset fmt screenshots package
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' Makefile | expand -t 14
@@ -90,8 +90,11 @@ fmt: $(VENV)/.ready  ## format, and fix what ruff can fix
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
-screenshots: $(VENV)/.ready $(HOST)  ## the browser tests' screenshots, into output/screenshots
-	LORAGRAFT_SCREENSHOTS="$(CURDIR)/output/screenshots" $(PYTEST) --require-comfyui -m browser
+bench-dataset: $(VENV)/.ready  ## the dataset steps: against kohya's set-up, and one core against all
+	$(PY) -m benchmarks.dataset
+
+screenshots: $(VENV)/.ready $(HOST)  ## the README's pictures and the thumbnails, from the real page
+	$(PY) tests/browser/screenshots.py
 
 package: $(VENV)/.ready  ## build the registry's zip into dist/ and scan it
 	$(PY) .ci/package.py

@@ -152,9 +152,20 @@ def main() -> None:
                     save_jpeg(shoot(page), examples / "LoraGraft Demo.jpg", 1280)
                     save_png(Image.open(io.BytesIO(server.view(grid))), images / "grid.png")
                     for graph in sorted(examples.glob("*.json")):
-                        if graph.stem != "LoraGraft Demo":
+                        if graph.stem == "LoraGraft Dataset":
                             page.load(json.loads(graph.read_text("utf-8")))
-                            save_jpeg(shoot(page), graph.with_suffix(".jpg"), 1280)
+                            (build,) = page.ask("find(a[0])", "LoraGraftBuildDataset")
+                            page.queue()
+                            page.wait("hasImages(a[0])", build, timeout_s=300)
+                            page.wait("idle()", timeout_s=60)
+                            page.frame()
+                            page.wait("showsImages(a[0])", build)
+                            save_jpeg(shoot(page), images / "dataset.jpg", 1600)
+                        elif graph.stem != "LoraGraft Demo":
+                            page.load(json.loads(graph.read_text("utf-8")))
+                        else:
+                            continue
+                        save_jpeg(shoot(page), graph.with_suffix(".jpg"), 1280)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,11 @@ from loragraft_tests.comfyui import workflows
 from loragraft_tests.comfyui.harness import Comfy
 
 FOLDER = Path(__file__).resolve().parents[2] / "example_workflows"
-MADE = {workflows.DEMO_NAME: workflows.demo_workflow, workflows.SD15_NAME: workflows.sd15_workflow}
+MADE = {
+    workflows.DEMO_NAME: workflows.demo_workflow,
+    workflows.SD15_NAME: workflows.sd15_workflow,
+    workflows.DATASET_NAME: workflows.dataset_workflow,
+}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -44,7 +48,7 @@ def test_every_workflow_here_is_known() -> None:
 def test_the_workflow_validates(server: Comfy, info: dict[str, Any], name: str) -> None:
     graph = workflows.to_prompt(read(name), info)
     status, answer = server.post_prompt(graph)
-    if name == workflows.DEMO_NAME:
+    if name != workflows.SD15_NAME:
         server.interrupt()
         server.wait(answer["prompt_id"])
         assert status == 200 and not answer.get("node_errors")
@@ -84,6 +88,15 @@ def test_the_demo_workflow_runs(server: Comfy, info: dict[str, Any]) -> None:
     assert outputs[ids["LoraGraftPreviewWithLoRA"]]["images"]
     assert "bucket" in outputs[ids["PreviewAny"]]["text"][0]
     assert "not loaded" not in server.log[before:].lower()
+
+
+def test_the_dataset_workflow_runs(server: Comfy, info: dict[str, Any]) -> None:
+    workflow = read(workflows.DATASET_NAME)
+    outputs = server.run(workflows.to_prompt(workflow, info), workflow)
+    texts = "\n".join(t for o in outputs.values() for t in o.get("text", []))
+    assert "16 images" in texts and "bucket" in texts and "deduplicate" in texts
+    pictures = [image for o in outputs.values() for image in o.get("images", [])]
+    assert len(pictures) >= 4, "duplicates, the crop, and the report's pictures"
 
 
 @pytest.mark.full

@@ -16,12 +16,14 @@ Info = dict[str, Any]
 Workflow = dict[str, Any]
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+BYPASSED = 4  # LiteGraph's mode of a node that passes its input on
 WITHOUT_WIDGETS = ("MarkdownNote", "Note", "Reroute")
 GROUP_COLORS = ("#3f789e", "#8A8", "#a1309b")
 
 # name: (position, size, group)
 DEMO_NAME = "LoraGraft Demo"
 SD15_NAME = "LoraGraft SD1.5"
+DATASET_NAME = "LoraGraft Dataset"
 
 DEMO_NOTE = """## From images to a LoRA in one graph
 
@@ -49,6 +51,55 @@ name into **Load Image Folder**.
 Cancel keeps the work, and running again continues. In **Preview with LoRA** look for the strength \
 and step at which the subject is right and a prompt without the trigger word is still free of it.
 """
+
+
+DATASET_NOTE = """## From raw files to a training set
+
+Press **Run**: it works on the sample images. Nothing is written but a preview; your files are never changed.
+
+1. **Load Image Folder**: write your own folder below ComfyUI's `input` instead of `[demo]`. For a video, put \
+**Frame Extract** in its place.
+2. **Find Duplicates** lists what is there twice; set `action` to `skip` to leave it out.
+3. **Crop** shows what would be cut off, hatched. `keep` leaves it to the buckets.
+4. **WD14 Tag** is bypassed here. Get a model with **Download Tagger**, then switch it on (Ctrl+B).
+5. **Edit Captions** changes captions line by line; its report tells what each line did.
+6. **Build Dataset** reports everything before a step is trained. Connect `train_set` to **Train LoRA**.
+"""
+
+
+def dataset_workflow(info: Info) -> Workflow:
+    """Return the workflow of the dataset steps, on the embedded images."""
+    sheet = _Sheet(info, "8d7b0b52-41f5-4d8c-8d2e-3c1b5a6e9f04", DATASET_NOTE)
+    images = sheet.add("LoraGraftLoadImageFolder", (40, 560), (300, 230), {"path": "[demo]"})
+    found = sheet.add("PreviewAny", (40, 860), (300, 300))
+    twins = sheet.add("LoraGraftFindDuplicates", (400, 40), (340, 170))
+    same = sheet.add("PreviewImage", (400, 260), (340, 200))
+    crop = sheet.add("LoraGraftCrop", (400, 520), (340, 260), {"mode": "square", "width": 64, "height": 64})
+    cuts = sheet.add("PreviewImage", (400, 840), (340, 320))
+    tag = sheet.add("LoraGraftWD14Tag", (800, 40), (340, 300))
+    sheet.nodes[tag - 1]["mode"] = BYPASSED
+    edit = sheet.add(
+        "LoraGraftEditCaptions", (800, 400), (340, 260), {"operations": "trigger: zogi\ndeduplicate"}
+    )
+    edits = sheet.add("PreviewAny", (800, 720), (340, 440))
+    build = sheet.add(
+        "LoraGraftBuildDataset",
+        (1200, 40),
+        (460, 620),
+        {**demo_run.DATASET, "kind": "character"},
+    )
+    report = sheet.add("PreviewAny", (1200, 720), (460, 440))
+    for source, target in ((images, twins), (twins, crop), (crop, tag), (tag, edit), (edit, build)):
+        sheet.link(source, 0, target, "dataset")
+    sheet.link(images, 1, found, "source")
+    sheet.link(twins, 2, same, "images")
+    sheet.link(crop, 2, cuts, "images")
+    sheet.link(edit, 3, edits, "source")
+    sheet.link(build, 1, report, "source")
+    sheet.group("1  Read and tidy", (20, -30, 740, 1210))
+    sheet.group("2  Captions", (780, -30, 380, 1210))
+    sheet.group("3  Training set", (1180, -30, 500, 1210))
+    return sheet.workflow()
 
 
 def demo_workflow(info: Info) -> Workflow:
@@ -234,9 +285,14 @@ class _Sheet:
 def to_prompt(workflow: Workflow, info: Info) -> prompts.Prompt:
     """Read a UI-format workflow as the API prompt that the browser would queue."""
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    for node in workflow["nodes"]:
+        if node.get("mode") == BYPASSED:
+            for output in node["outputs"]:
+                through = next((i["link"] for i in node["inputs"] if i["type"] == output["type"]), None)
+                sources |= {link: sources[through] for link in output["links"] if through is not None}
     graph: prompts.Prompt = {}
     for node in workflow["nodes"]:
-        if node["type"] in WITHOUT_WIDGETS:
+        if node["type"] in WITHOUT_WIDGETS or node.get("mode") == BYPASSED:
             continue
         values = list(node.get("widgets_values", []))
         linked = {i["name"]: sources[i["link"]] for i in node["inputs"] if i.get("link") is not None}
