@@ -1,4 +1,4 @@
-// ComfyUI's side of the live panel: puts one on every Train LoRA node and feeds it.
+// ComfyUI's side of the live panel: puts one on every Train LoRA node and feeds it; folds advanced widgets.
 // Runs are kept per workflow and node, so that open workflows and several nodes never mix, and a
 // page that is loaded again shows what it showed: from the session, else from the server's history.
 
@@ -120,9 +120,8 @@ function recallEnd(run, id, messages) {
 }
 
 function addPanel(node) {
-  const words = strings(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en");
   const imageUrl = ({ filename, subfolder, type }) => api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
-  const panel = createPanel(words, imageUrl, () => toggleMore(node));
+  const panel = createPanel(words(), imageUrl, () => toggleMore(node));
   panels.set(node, panel);
   const margin = 10; // the classic renderer's, above and below a DOM widget
   const options = { serialize: false, hideOnZoom: false, margin, getMinHeight: () => PANEL_HEIGHT + 2 * margin };
@@ -152,6 +151,17 @@ function foldAdvanced(node) {
   node.setSize([node.size[0], node.computeSize()[1]]); // a new node's; a loaded one gets its saved size after this
 }
 
+const words = () => strings(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en");
+
+/** The button below a folded node's widgets; Train LoRA has its own in the panel, Nodes 2.0 one on every node. */
+function addMore(node) {
+  const label = () => (node.showAdvanced ? `\u25b4 ${words().less}` : `\u25be ${words().more}`);
+  const more = node.addWidget("button", "loragraft_more", null, () => toggleMore(node), { serialize: false });
+  more.serialize = false; // see addPanel
+  Object.defineProperty(more, "label", { configurable: true, get: label, set: () => {} });
+  Object.defineProperty(more, "hidden", { configurable: true, get: () => Boolean(LiteGraph.vueNodesMode), set: () => {} });
+}
+
 function toggleMore(node) {
   const spare = Math.max(0, node.size[1] - node.computeSize()[1]); // the height that the user gave to the panel
   node.showAdvanced = !node.showAdvanced;
@@ -176,8 +186,10 @@ app.registerExtension({
     listen();
   },
   nodeCreated(node) {
-    if (node.comfyClass !== NODE) return;
-    addPanel(node);
+    if (!node.comfyClass?.startsWith("LoraGraft")) return;
+    if (node.comfyClass === NODE) addPanel(node);
+    else if (node.widgets?.some((widget) => widget.options?.advanced)) addMore(node);
+    else return;
     foldAdvanced(node);
   },
   async afterConfigureGraph() {

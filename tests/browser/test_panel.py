@@ -138,3 +138,21 @@ def test_advanced_widgets_fold_in_the_classic_renderer(open_comfy: Open) -> None
         assert prompt["optimizer_type"] == "AdamW" and "loragraft_panel" not in prompt
         saved = page.ask("app.rootGraph.serialize()")["nodes"][0]["widgets_values"]
         assert page.ask("node(a[0]).widgets.filter((w) => w.serialize !== false).length", node) == len(saved)
+
+
+@pytest.mark.parametrize("kind", ["LoraGraftBuildDataset", "LoraGraftLoadImageFolder", "LoraGraftWD14Tag"])
+@pytest.mark.parametrize("nodes2", [False, True])
+def test_other_nodes_fold_with_a_button_of_their_own(open_comfy: Open, kind: str, nodes2: bool) -> None:
+    with open_comfy(nodes2=nodes2) as page:
+        (node,) = page.build(kind)
+        page.frame()
+        more = "node(a[0]).widgets.find((w) => w.name === 'loragraft_more')"
+        assert bool(page.ask(f"{more}.hidden", node)) == nodes2, "Nodes 2.0 has a button of its own"
+        shown = "node(a[0]).widgets.filter((w) => w.options?.advanced && !w.hidden).length"
+        assert page.ask(shown, node) == 0
+        page.ask(f"{more}.callback()", node)
+        assert page.ask(shown, node) > 3
+        prompt = page.ask("app.graphToPrompt()")["output"][node]["inputs"]
+        assert "loragraft_more" not in prompt and len(prompt) > 5
+        saved = page.ask("app.rootGraph.serialize()")["nodes"][0]["widgets_values"]
+        assert page.ask("node(a[0]).widgets.filter((w) => w.serialize !== false).length", node) == len(saved)

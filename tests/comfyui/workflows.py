@@ -76,12 +76,12 @@ def dataset_workflow(info: Info) -> Workflow:
     same = sheet.add("PreviewImage", (400, 260), (340, 200))
     crop = sheet.add("LoraGraftCrop", (400, 520), (340, 260), {"mode": "square", "width": 64, "height": 64})
     cuts = sheet.add("PreviewImage", (400, 840), (340, 320))
-    tag = sheet.add("LoraGraftWD14Tag", (800, 40), (340, 300))
+    tag = sheet.add("LoraGraftWD14Tag", (800, 40), (340, 360))
     sheet.nodes[tag - 1]["mode"] = BYPASSED
     edit = sheet.add(
-        "LoraGraftEditCaptions", (800, 400), (340, 260), {"operations": "trigger: zogi\ndeduplicate"}
+        "LoraGraftEditCaptions", (800, 460), (340, 260), {"operations": "trigger: zogi\ndeduplicate"}
     )
-    edits = sheet.add("PreviewAny", (800, 720), (340, 440))
+    edits = sheet.add("PreviewAny", (800, 780), (340, 380))
     build = sheet.add(
         "LoraGraftBuildDataset",
         (1200, 40),
@@ -173,9 +173,9 @@ def _rest(
     train: dict[str, Any],
     preview: dict[str, Any],
 ) -> None:
-    images = sheet.add("LoraGraftLoadImageFolder", (40, 680), (300, 210), folder)
-    dataset = sheet.add("LoraGraftBuildDataset", (40, 960), (300, 350), build)
-    report = sheet.add("PreviewAny", (40, 1380), (300, 240))
+    images = sheet.add("LoraGraftLoadImageFolder", (40, 680), (300, 240), folder)
+    dataset = sheet.add("LoraGraftBuildDataset", (40, 960), (300, 560), build)
+    report = sheet.add("PreviewAny", (40, 1580), (300, 240))
     training = sheet.add("LoraGraftTrainLoRA", (400, 40), (440, 1580), train)
     grid = sheet.add("LoraGraftPreviewWithLoRA", (900, 40), (560, 1160), preview)
     sheet.link(images, 0, dataset, "dataset")
@@ -186,9 +186,9 @@ def _rest(
     sheet.link(dataset, 0, training, "train_set")
     sheet.link(training, 4, grid, "lora_name")
     sheet.link(training, 6, grid, "checkpoints")
-    sheet.group("1  Base and images", (20, 440, 340, 1220))
-    sheet.group("2  Train", (380, -30, 480, 1690))
-    sheet.group("3  Test", (880, -30, 600, 1690))
+    sheet.group("1  Base and images", (20, 440, 340, 1400))
+    sheet.group("2  Train", (380, -30, 480, 1870))
+    sheet.group("3  Test", (880, -30, 600, 1870))
 
 
 class _Sheet:
