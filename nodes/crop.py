@@ -16,7 +16,8 @@ from .step_progress import teller
 
 COMMON = ("mode", "align", "width", "height")
 ADVANCED = ("max_aspect", "margin", "subject_shape", "min_side")
-# ComfyUI's own type, as a plain socket: an image node's crop rectangle would be no help here.
+# ComfyUI's own type, as a plain socket. By itself the page would make it a widget, which sends a rectangle of
+# 512 x 512 even where no detector is linked.
 BoundingBox = io.Custom("BOUNDING_BOX")
 
 
@@ -40,6 +41,7 @@ class Crop(io.ComfyNode):
                 BoundingBox.Input(
                     "bboxes",
                     optional=True,
+                    extra_dict={"forceInput": True},
                     tooltip="Where the subject is, from any detector that gives ComfyUI's BOUNDING_BOX, for "
                     "the images of Dataset to Images. A single box holds for all pictures.",
                 ),

@@ -10,15 +10,11 @@ import pytest
 
 from loragraft_tests.browser.conftest import Open
 from loragraft_tests.comfyui.harness import Comfy
+from loragraft_tests.comfyui.node_table import NODES as TABLE
+from loragraft_tests.comfyui.workflows import WIDGETS
 
 ROOT = Path(__file__).resolve().parents[2]
-NODES = [
-    "LoraGraftLoadDemoBase",
-    "LoraGraftLoadImageFolder",
-    "LoraGraftBuildDataset",
-    "LoraGraftTrainLoRA",
-    "LoraGraftPreviewWithLoRA",
-]
+NODES = list(TABLE)
 LANGUAGES = ("en", "zh", "zh-TW", "ru")
 
 
@@ -115,3 +111,19 @@ def test_the_help_opens(open_comfy: Open) -> None:
         page.raw.get_by_test_id("info-button").click()
         page.raw.get_by_text("取消不会丢失进度").wait_for(timeout=20_000)
         page.shoot("help-zh")
+
+
+def test_no_socket_of_ours_becomes_a_widget(open_comfy: Open, server: Comfy) -> None:
+    """The page makes a widget of some socket types, and then sends a value that nobody chose."""
+    schemas = server.object_info()
+    ours = {kind: schemas[kind]["input"] for kind in NODES}
+    with open_comfy() as page:
+        ids = page.build(*ours)
+        output = page.ask("app.graphToPrompt()")["output"]
+    for node, (kind, inputs) in zip(ids, ours.items(), strict=True):
+        every = {**inputs.get("required", {}), **inputs.get("optional", {})}
+        sockets = {
+            name for name, spec in every.items() if spec[0] not in WIDGETS and isinstance(spec[0], str)
+        }
+        sent = output[node]["inputs"].keys() & sockets
+        assert not sent, f"{kind} sends {sorted(sent)} unlinked"

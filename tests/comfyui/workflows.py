@@ -57,7 +57,7 @@ DATASET_NOTE = """## From raw files to a training set
 
 Press **Run**: it works on the sample images. Nothing is written but a preview; your files are never changed.
 
-1. **Load Image Folder**: write your own folder below ComfyUI's `input` instead of `[demo]`. For a video, put \
+1. **Load Image Folder**: write your own folder below ComfyUI's `input` instead of `[demo]`. For a video put \
 **Frame Extract** in its place.
 2. **Find Duplicates** lists what is there twice; set `action` to `skip` to leave it out.
 3. **Crop** shows what would be cut off, hatched. `keep` leaves it to the buckets.
