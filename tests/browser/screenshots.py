@@ -2,7 +2,8 @@
 
     make screenshots COMFYUI_PATH=/path/to/ComfyUI
 
-Writes docs/images/*.jpg, docs/images/grid.png and example_workflows/*.jpg. Trains the demo LoRA twice,
+Writes docs/images/*.jpg, docs/images/grid.png and example_workflows/*.jpg; pictures of the training in both
+renderers go to output/screenshots. Trains the demo LoRA twice,
 once in each renderer, and takes some minutes.
 """
 
@@ -118,13 +119,15 @@ def main() -> None:
     """Make all pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
-    comfyui = parser.parse_args().comfyui
+    parser.add_argument("--without-training", action="store_true", help="only what needs no training")
+    arguments = parser.parse_args()
+    comfyui = arguments.comfyui
     if not comfyui:
         sys.exit("Where is ComfyUI? Set COMFYUI_PATH, or pass --comfyui FOLDER.")
     harness, pages = load("comfyui/harness"), load("browser/page")
     if reason := harness.cannot_run():
         sys.exit(reason)
-    examples, images = ROOT / "example_workflows", ROOT / "docs" / "images"
+    examples, images, extra = ROOT / "example_workflows", ROOT / "docs/images", ROOT / "output/screenshots"
     demo = json.loads((examples / "LoraGraft Demo.json").read_text("utf-8"))
     with tempfile.TemporaryDirectory() as folder, pages.browser() as chromium:
         base = Path(folder)
@@ -141,16 +144,18 @@ def main() -> None:
                 with pages.open_page(chromium, server, nodes2=nodes2, scale=1.5) as page:
 
                     def at_half(page: Any = page, name: str = name) -> None:
-                        save_jpeg(shoot(page), images / f"training-{name}.jpg", 1600)
-                        save_jpeg(part(page, ".loragraft-panel"), images / f"panel-{name}.jpg", 900)
+                        save_jpeg(shoot(page), extra / f"training-{name}.jpg", 1600)
+                        save_jpeg(part(page, ".loragraft-panel"), extra / f"panel-{name}.jpg", 900)
 
-                    grid = train_demo(page, demo, 42 + nodes2, at_half)
-                    save_jpeg(shoot(page), images / f"graph-{name}.jpg", 1600)
+                    if not arguments.without_training:
+                        grid = train_demo(page, demo, 42 + nodes2, at_half)
+                        save_jpeg(shoot(page), extra / f"graph-{name}.jpg", 1600)
                     if nodes2:
                         continue
-                    save_jpeg(shoot(page), images / "graph.jpg", 1600)
-                    save_jpeg(shoot(page), examples / "LoraGraft Demo.jpg", 1280)
-                    save_png(Image.open(io.BytesIO(server.view(grid))), images / "grid.png")
+                    if not arguments.without_training:
+                        save_jpeg(shoot(page), images / "graph.jpg", 1600)
+                        save_jpeg(shoot(page), examples / "LoraGraft Demo.jpg", 1280)
+                        save_png(Image.open(io.BytesIO(server.view(grid))), images / "grid.png")
                     for graph in sorted(examples.glob("*.json")):
                         if graph.stem == "LoraGraft Dataset":
                             page.load(json.loads(graph.read_text("utf-8")))

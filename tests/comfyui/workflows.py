@@ -72,10 +72,8 @@ def dataset_workflow(info: Info) -> Workflow:
     sheet = _Sheet(info, "8d7b0b52-41f5-4d8c-8d2e-3c1b5a6e9f04", DATASET_NOTE)
     images = sheet.add("LoraGraftLoadImageFolder", (40, 560), (300, 230), {"path": "[demo]"})
     found = sheet.add("PreviewAny", (40, 860), (300, 300))
-    twins = sheet.add("LoraGraftFindDuplicates", (400, 40), (340, 170))
-    same = sheet.add("PreviewImage", (400, 260), (340, 200))
-    crop = sheet.add("LoraGraftCrop", (400, 520), (340, 260), {"mode": "square", "width": 64, "height": 64})
-    cuts = sheet.add("PreviewImage", (400, 840), (340, 320))
+    twins = sheet.add("LoraGraftFindDuplicates", (400, 40), (340, 400))
+    crop = sheet.add("LoraGraftCrop", (400, 520), (340, 640), {"mode": "square", "width": 64, "height": 64})
     tag = sheet.add("LoraGraftWD14Tag", (800, 40), (340, 360))
     sheet.nodes[tag - 1]["mode"] = BYPASSED
     edit = sheet.add(
@@ -92,8 +90,6 @@ def dataset_workflow(info: Info) -> Workflow:
     for source, target in ((images, twins), (twins, crop), (crop, tag), (tag, edit), (edit, build)):
         sheet.link(source, 0, target, "dataset")
     sheet.link(images, 1, found, "source")
-    sheet.link(twins, 2, same, "images")
-    sheet.link(crop, 2, cuts, "images")
     sheet.link(edit, 3, edits, "source")
     sheet.link(build, 1, report, "source")
     sheet.group("1  Read and tidy", (20, -30, 740, 1210))
