@@ -316,7 +316,8 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     return [encode(folder / name, frames, **settings).read_bytes() for name, settings in made]
 
 
-@pytest.mark.parametrize("number", range(cases(50) * 4))
+# 138 damages the name of the codec.
+@pytest.mark.parametrize("number", sorted({*range(cases(50) * 4), 138}))
 def test_damaged_videos_are_read_or_refused(tmp_path: Path, samples: list[bytes], number: int) -> None:
     rng = random.Random(number)
     path = tmp_path / "a.mp4"

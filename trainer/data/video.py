@@ -322,6 +322,8 @@ class Video:
 
     def _check_header(self) -> None:
         context = self._stream.codec_context
+        if context is None:  # the file names a codec that no decoder knows
+            raise UnreadableVideoError("its video codec is unknown here; convert it to H.264 in an mp4")
         if context.width * context.height > MAX_PIXELS:
             raise UnreadableVideoError(
                 f"{context.width}x{context.height}; the limit is {MAX_PIXELS // 10**6} megapixels"
