@@ -158,6 +158,29 @@ def test_regularisation_images_count_with_their_weight(
     assert set(weights.tolist()) == {0.25, 1.0}
 
 
+def test_regularisation_weights_and_min_snr_multiply(
+    training: runs.Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = runs.train_set(training.train_set.records[0].path.parents[1], prior_loss_weight=0.25)
+    records = [dataclasses.replace(r, is_reg=i % 2 == 1) for i, r in enumerate(plain.records)]
+    mixed = build_train_set(api.Dataset(tmp_path, tuple(records), ()), plain.config)
+    here = dataclasses.replace(training, train_set=mixed)
+    seen = record_losses(monkeypatch)
+    here.elsewhere("reg").events(max_train_steps=3)
+    both = here.elsewhere("both").events(max_train_steps=3, min_snr_gamma=0.5)
+    half = len(seen) // 2
+    for (*_, alone, _), (*_, together, _) in zip(seen[:half], seen[half:], strict=True):
+        by_snr = together / alone  # the same seed: the same images, timesteps and noise
+        assert (by_snr <= 1).all() and (by_snr > 0).all()
+    assert any(
+        (together < alone).any()
+        for (*_, alone, _), (*_, together, _) in zip(seen[:half], seen[half:], strict=True)
+    )
+    for event, (pred, target, weight, _) in zip(runs.of(both, api.Step), seen[half:], strict=True):
+        each = (pred - target).square().flatten(1).mean(1)
+        assert event.loss == pytest.approx((each * weight).mean().item())
+
+
 # ---- held-out images ----
 
 
