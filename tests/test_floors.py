@@ -30,7 +30,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer.__main__", "trainer.demo.run"),
     ("trainer.commands",),
     ("trainer.api",),
-    ("trainer.loop",),
+    ("trainer.together",),
+    ("trainer.fit", "trainer.loop"),
     ("trainer.run", "trainer.publish"),
     (
         "trainer.demo",
@@ -41,15 +42,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "trainer.preview",
         "trainer.progress",
         "trainer.runlog",
+        "trainer.sweep",
     ),
     (
         "trainer.data",
         "trainer.families",
         "trainer.adapters",
-        "trainer.engine",
         "trainer.optim",
         "trainer.checkpoint",
     ),
+    ("trainer.engine",),
     ("trainer.checks",),
     (
         "trainer.objective",
@@ -58,6 +60,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "trainer.config",
         "trainer.events",
         "trainer.safefile",
+        "trainer.literals",
     ),
     ("trainer.errors",),
 )

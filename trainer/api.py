@@ -51,14 +51,15 @@ from .data.working_copy import Encoding
 from .draw import Drawn, draw
 from .draw import Settings as DrawSettings
 from .errors import LoraGraftError
-from .events import Cached, Event, Finished, Note, Planned, Sampled, Saved, Step, Validated
+from .events import Cached, Event, Failed, Finished, Note, Planned, Sampled, Saved, Step, Validated
 from .families import opening
 from .families.opening import Base, find_tokenizer, hash_weights
-from .loop import Places, train
+from .loop import Places
 from .paths import resolve, safe_name
 from .plan import plan_run
 from .preview import chart, grid, parse_range
 from .progress import validation_line
+from .together import train, train_together
 
 __all__ = [
     "AUTO_TAGGER",
@@ -77,6 +78,7 @@ __all__ = [
     "Encoding",
     "Event",
     "Export",
+    "Failed",
     "Finished",
     "FrameSettings",
     "KNOWN_TAGGERS",
@@ -169,6 +171,7 @@ __all__ = [
     "to_picture",
     "token_counter",
     "train",
+    "train_together",
     "validation_line",
     "upscale_small",
     "weights_key",

@@ -43,7 +43,10 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 OPTIMIZERS = ("AdamW",)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SAVE_PRECISIONS = ("fp16", "bf16", "fp32")
-ENGINES = ("auto", "eager", "captured")
+ENGINES = ("auto", "eager", "fused", "captured")
+ATTENTIONS = ("auto", "sdpa", "xformers", "plain")
+STORAGES = ("as_is", "fp8", "int8", "nf4")
+MEMORY = ("auto", "off")
 NAME_TAKEN = ("number", "refuse")
 MAX_LITERAL = 200
 # What a LoRA is to learn, as far as the dataset report needs to know; "" is not said.
@@ -251,8 +254,9 @@ class TrainConfig:
     )
     engine: str = _setting(
         "auto",
-        "How steps are executed. captured: as CUDA graphs, much faster for small batches; eager: one kernel "
-        "after the other; auto: captured where it can be. The LoRA is the same but for rounding.",
+        "How steps are executed. captured: as CUDA graphs, much faster for small batches; fused: fewer, "
+        "larger kernels; eager: one after the other; auto: the first of them that can be. The LoRA is the "
+        "same but for rounding.",
         choices=ENGINES,
         advanced=True,
     )
@@ -260,6 +264,35 @@ class TrainConfig:
         False,
         "On a GPU, take only operations that give the same bits every time, so that a stopped and continued "
         "run ends in the same file. Slower; a CPU does so by itself.",
+        advanced=True,
+    )
+    attention: str = _setting(
+        "auto",
+        "How the denoiser's attention is computed. auto measures on a GPU and takes the fastest; sdpa: "
+        "PyTorch's own; xformers: where it is installed; plain: the formula, slow, to compare with.",
+        choices=ATTENTIONS,
+        advanced=True,
+    )
+    base_storage: str = _setting(
+        "as_is",
+        "How the frozen base is kept in memory. fp8 and int8 take half of fp16's, nf4 a quarter; all three "
+        "lose precision, and the loss is measured and printed.",
+        choices=STORAGES,
+        advanced=True,
+    )
+    memory: str = _setting(
+        "auto",
+        "auto: where the run would not fit into the free memory, switch on what saves some without changing "
+        "the result (checkpointing, then swapping blocks), and say so; off: only say what it will take.",
+        choices=MEMORY,
+        advanced=True,
+    )
+    blocks_to_swap: int = _setting(
+        0,
+        "Keep the frozen weights of so many blocks of the denoiser in the computer's memory and bring them "
+        "to the GPU when they are used; these blocks are also checkpointed.",
+        minimum=0,
+        maximum=1000,
         advanced=True,
     )
     max_token_length: int = _setting(

@@ -52,7 +52,7 @@ def draw(
     """Yield an image for every file, strength, prompt and seed, in this order."""
     precision = resolve(settings.mixed_precision, pick_device(device))
     parts = base.load()
-    place(parts, precision)
+    place(parts, precision, owned=base.owned, text_at_every_step=False)
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
     for file in lora_files:
         targets = base.family.targets(parts, convolutions=True)
@@ -61,17 +61,16 @@ def draw(
             set_strength(adapter, strength)
             for start in range(0, len(wanted), settings.batch):
                 batch = wanted[start : start + settings.batch]
-                with precision.autocast():
-                    images = base.family.sample(
-                        parts,
-                        [prompt for prompt, _ in batch],
-                        negative=settings.negative,
-                        seeds=[seed for _, seed in batch],
-                        size=settings.size,
-                        steps=settings.steps,
-                        cfg=settings.cfg,
-                        clip_skip=settings.clip_skip,
-                    )
+                images = base.family.sample(
+                    parts,
+                    [prompt for prompt, _ in batch],
+                    negative=settings.negative,
+                    seeds=[seed for _, seed in batch],
+                    size=settings.size,
+                    steps=settings.steps,
+                    cfg=settings.cfg,
+                    clip_skip=settings.clip_skip,
+                )
                 for (prompt, seed), image in zip(batch, images, strict=True):
                     yield Drawn(file.stem, strength, prompt, seed, image)
         remove(parts, adapter)

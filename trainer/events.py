@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from .errors import LoraGraftError
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -97,4 +99,11 @@ class Finished:
     checkpoints: tuple[Path, ...]
 
 
-Event = Planned | Cached | Step | Sampled | Saved | Validated | Note | Finished
+@dataclass(frozen=True)
+class Failed:
+    """One of several runs side by side ended with an error; the others go on."""
+
+    error: LoraGraftError
+
+
+Event = Planned | Cached | Step | Sampled | Saved | Validated | Note | Finished | Failed

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .config import TrainConfig
 from .data.batches import Batch
@@ -20,7 +21,7 @@ from .data.cache import TensorCache, key_of
 from .data.captions import fixed_captions, vary_caption
 from .data.images import load_mask, load_pixels, mask_key, pixels_key
 from .data.train_set import TrainSet
-from .engine.precision import Precision
+from .engine.precision import Precision, visiting
 from .errors import LoraGraftError
 from .events import Cached
 from .families.opening import Base
@@ -46,6 +47,12 @@ class Fed(NamedTuple):
     mask: torch.Tensor | None = None
 
 
+def keeps_text(train_set: TrainSet, train_text: bool) -> bool:
+    """Say whether captions are encoded once: the text encoder is not trained, and none of them varies."""
+    uses = zip(train_set.records, train_set.configs, strict=True)
+    return not train_text and all(fixed_captions(record.caption, data) is not None for record, data in uses)
+
+
 class Inputs:
     """The run's data: encodes it, keeps it, and draws from it."""
 
@@ -64,8 +71,8 @@ class Inputs:
         self.config, self.precision, self.cache = config, precision, cache
         self.total_steps = total_steps
         uses = list(zip(train_set.records, train_set.configs, strict=True))
+        self.keeps_text = keeps_text(train_set, train_text)
         fixed = [fixed_captions(record.caption, data) for record, data in uses]
-        self.keeps_text = not train_text and None not in fixed
         self.is_weighted = any(record.is_reg and data.prior_loss_weight != 1 for record, data in uses)
         self.is_masked = any(record.mask is not None for record in train_set.records)
         self._captions = sorted({text for texts in fixed for text in texts or ()})
@@ -75,30 +82,39 @@ class Inputs:
     def prepare(self) -> Iterator[Cached]:
         """Encode all images, and the captions where they cannot change; the cache serves what it has."""
         if self.config.cache_latents:
-            hits, uses = 0, self._uses()
-            for done, use in enumerate(uses, 1):
-                key = self._image_key(*use)
-                found = self.cache.get(key)
-                if found is None:
-                    found = self._encode_image(*use)
-                    self.cache.put(key, found)
-                else:
-                    hits += 1
-                self._moments[use] = found
-                yield Cached("images", done, len(uses), hits)
-            self.parts.vae.to("cpu")
+            with visiting(self.parts.vae, self.precision.device):
+                yield from self._prepare_images()
+        else:
+            nn.Module.to(self.parts.vae, self.precision.device)  # every step uses it
         if self.keeps_text:
-            captions, hits = self._captions, 0
-            for done, caption in enumerate(captions, 1):
-                key = self._text_key(caption)
-                stored = self.cache.get(key)
-                if stored is None:
-                    stored = {"cond": self._encode_captions([caption]).cpu()}
-                    self.cache.put(key, stored)
-                else:
-                    hits += 1
-                self._cond[caption] = stored["cond"]
-                yield Cached("captions", done, len(captions), hits)
+            with visiting(self.parts.text_encoder, self.precision.device):
+                yield from self._prepare_captions()
+
+    def _prepare_images(self) -> Iterator[Cached]:
+        hits, uses = 0, self._uses()
+        for done, use in enumerate(uses, 1):
+            key = self._image_key(*use)
+            found = self.cache.get(key)
+            if found is None:
+                found = self._encode_image(*use)
+                self.cache.put(key, found)
+            else:
+                hits += 1
+            self._moments[use] = found
+            yield Cached("images", done, len(uses), hits)
+
+    def _prepare_captions(self) -> Iterator[Cached]:
+        captions, hits = self._captions, 0
+        for done, caption in enumerate(captions, 1):
+            key = self._text_key(caption)
+            stored = self.cache.get(key)
+            if stored is None:
+                stored = {"cond": self._encode_captions([caption]).cpu()}
+                self.cache.put(key, stored)
+            else:
+                hits += 1
+            self._cond[caption] = stored["cond"]
+            yield Cached("captions", done, len(captions), hits)
 
     def draw(self, step: int, first_sample: int, batch: Batch) -> Fed:
         """Draw one micro-batch; its samples are numbered from ``first_sample`` within the step."""
@@ -151,7 +167,7 @@ class Inputs:
         return self._encode(self._tokenize(captions).to(self.precision.device), grad=False)
 
     def _encode(self, ids: torch.Tensor, *, grad: bool) -> torch.Tensor:
-        with torch.set_grad_enabled(grad), self.precision.autocast():
+        with torch.set_grad_enabled(grad):
             return self.base.family.encode_text(self.parts, ids, self.config.clip_skip)
 
     @torch.no_grad()
@@ -162,7 +178,6 @@ class Inputs:
         """
         data = self.train_set
         record = data.records[index]
-        self.parts.vae.to(self.precision.device)
         pixels = load_pixels(record, data.buckets[index], data.resized[index]).unsqueeze(0)
         pixels = (pixels.flip(-1) if flip else pixels).to(self.precision.device)
         moments = {k: v.cpu() for k, v in self.base.family.encode_images(self.parts, pixels).items()}
@@ -203,5 +218,7 @@ class Inputs:
             clip_skip=self.config.clip_skip,
             text_encoder=self.base.part_hash("text_encoder"),
             precision=self.precision.name,
+            # Before, half precision went through autocast; its entries differ in the last bits.
+            **({} if self.precision.name == "fp32" else {"autocast": False}),
             device=self.precision.device.type,
         )

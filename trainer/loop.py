@@ -1,5 +1,8 @@
 """The straight line of a run: open it, take steps, save, publish; a generator of events.
 
+A run hands out its micro-batches and is sent their losses, so that runs on one base can be driven side by
+side: the lines are the same for one run and for many.
+
 Closing the generator stops the run: the last finished step is saved first. Everything random is a
 function of (seed, step, sample), so a stopped and continued run gives the same bytes as one that
 never stopped.
@@ -18,21 +21,57 @@ import torch
 
 from . import metadata
 from .adapters.files import as_saved, count_zero
-from .checkpoint import Checkpoint, RunFolder, disk_refusal
+from .checkpoint import Checkpoint, disk_refusal
 from .config import TrainConfig, resolution_wh
 from .data.batches import Batch, plan_epoch
 from .data.train_set import TrainSet
-from .engine.precision import Precision, pick_device, resolve, strict
+from .engine.precision import Precision
+from .engine.spill import SpillGuard
+from .engine.steps import Micro
 from .errors import LoraGraftError, listed, one_line
 from .events import Event, Finished, Note, Planned, Sampled, Saved, Step, Validated
 from .families.opening import Base
-from .optim import depends_on_total, lr_factor, optimizer_name, set_learning_rates
-from .paths import safe_name
-from .plan import Plan, average_loss, plan_run, step_losses
+from .optim import lr_factor, optimizer_name, set_learning_rates
+from .plan import Plan, average_loss, step_losses
 from .progress import validation_line
 from .publish import publish, published_name
-from .run import Run, micro_loss, open_run, planned_lines, restore, training_state, unfit
+from .run import Job, Run, micro_losses, planned_lines, restore, training_state
 from .runlog import RunLog, write_settings
+
+
+class StepResult(NamedTuple):
+    """A step's mean loss and its gradient's norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+def train_step(run: Run) -> Generator[Micro, torch.Tensor, StepResult]:
+    """Take one optimizer step: hand out micro-batches, be sent their losses, update, advance ``run.step``.
+
+    Raises LG-RUN-004 if something is not finite.
+    """
+    config, step = run.config, run.step
+    set_learning_rates(run.optimizer, lr_factor(config, step, run.plan.total_steps))
+    batches, on_device = run.batches(step), []
+    for fed in run.feed(step):
+        on_device.append((yield Micro(run.adapter.row, fed, len(batches), run.setting)))
+    run.is_settled = False
+    norm = run.engine.update(run.adapter.row, config.max_grad_norm)
+    run.draw_ahead(step + 1)
+    *losses, grad_norm = torch.stack([*on_device, norm.float()]).tolist()  # the step's only synchronisation
+    for batch, loss in zip(batches, losses, strict=True):
+        if not math.isfinite(loss):
+            raise _not_finite(run, "loss", [batch])
+    if not math.isfinite(grad_norm) and not run.scaler.is_enabled():  # a loss scaler skips such a step
+        raise _not_finite(run, "gradient", batches)
+    run.micro_losses += losses
+    run.step += 1
+    run.is_settled = True
+    return StepResult(math.fsum(losses) / len(losses), grad_norm)
+
+
+Lane = Generator[Event | Micro, torch.Tensor | None, None]
 
 
 @dataclass(frozen=True)
@@ -44,101 +83,56 @@ class Places:
     cache: Path
 
 
-class StepResult(NamedTuple):
-    """A step's mean loss and its gradient's norm before clipping."""
+@dataclass(frozen=True)
+class Product:
+    """What a finished run hands over."""
 
-    loss: float
-    grad_norm: float
+    job: Job
+    places: Places
+    workflow: str | None
 
+    @property
+    def name(self) -> str:
+        """The name under which the LoRA is published."""
+        job = self.job
+        return published_name(self.places.loras, job.config, job.run_id, job.words, job.folder.preview)
 
-def train_step(run: Run) -> StepResult:
-    """Take one optimizer step and advance ``run.step``; raises LG-RUN-004 if something is not finite."""
-    config, step = run.config, run.step
-    set_learning_rates(run.optimizer, lr_factor(config, step, run.plan.total_steps))
-    batches = run.batches(step)
-    on_device: list[torch.Tensor] = []
-    sample = 0
-    for batch in batches:
-        fed = run.inputs.draw(step, sample, batch)
-        sample += len(batch.indices)
-        on_device.append(run.engine.backward(fed, len(batches)))
-    norm = run.engine.update(config.max_grad_norm)
-    *losses, grad_norm = torch.stack([*on_device, norm.float()]).tolist()  # the step's only synchronisation
-    for batch, loss in zip(batches, losses, strict=True):
-        if not math.isfinite(loss):
-            raise _not_finite(run, "loss", [batch])
-    if not math.isfinite(grad_norm) and not run.scaler.is_enabled():  # a loss scaler skips such a step
-        raise _not_finite(run, "gradient", batches)
-    run.micro_losses += losses
-    run.step += 1
-    return StepResult(math.fsum(losses) / len(losses), grad_norm)
-
-
-def train(
-    base: Base,
-    train_set: TrainSet,
-    config: TrainConfig,
-    *,
-    places: Places,
-    device: torch.device | str | None = None,
-    workflow: str | None = None,
-    fresh: bool = False,
-) -> Generator[Event, None, None]:
-    """Train a LoRA and publish it; yields events, see trainer.events.
-
-    Continues by itself from the newest checkpoint of the same run, and returns a finished run's file at
-    once. ``workflow`` is ComfyUI's workflow JSON to keep in the file; ``fresh`` sets an earlier run aside.
-    """
-    precision = resolve(config.mixed_precision, pick_device(device))
-    plan = plan_run(train_set, config)
-    warms_up = any(0 < c.token_warmup_step < 1 for c in train_set.configs)
-    fixed_total = plan.total_steps if warms_up or depends_on_total(config) else None
-    run_id = metadata.run_hash(base, train_set, config, fixed_total, precision.name)
-    words = metadata.trigger_words(train_set, config)
-    folder = RunFolder(places.runs / f"{safe_name(config.output_name, what='output_name')}-{run_id[:8]}")
-    kept = workflow if config.embed_workflow else None
-    metadata.with_workflow({}, kept)  # what cannot be kept at the end is refused at the start
-    published_name(places.loras, config, run_id, words, folder.preview)
-
-    def product(last: Checkpoint, losses: Sequence[float], *, reused: bool) -> Finished:
-        name = published_name(places.loras, config, run_id, words, folder.preview)
-        texts = describe(base, train_set, config, plan, run_id, precision, last.step)
-        file = publish(places.loras, name, last, texts, words, kept, folder.preview, unless_there=reused)
+    def make(self, last: Checkpoint, losses: Sequence[float], *, reused: bool) -> Finished:
+        """Publish the LoRA of ``last`` and describe the end of the run."""
+        job, folder = self.job, self.job.folder
+        texts = describe(job.base, job.train_set, job.config, job.plan, job.run_id, job.precision, last.step)
+        file = publish(
+            self.places.loras,
+            self.name,
+            last,
+            texts,
+            job.words,
+            self.workflow,
+            folder.preview,
+            unless_there=reused,
+        )
         files = tuple(c.lora_file for c in folder.checkpoints() if c.step <= last.step)
-        return Finished(file, folder.path, last.step, words, tuple(losses), reused, files)
+        return Finished(file, folder.path, last.step, job.words, tuple(losses), reused, files)
 
+
+def lane(product: Product, run: Run, newest: Checkpoint | None, runs: int) -> Lane:
+    """Train one run to its end; whoever drives it takes the micro-batches through the engine."""
     try:
-        folder.open()
-        if fresh:
-            folder.set_aside()
-        found = folder.checkpoints()
-        for checkpoint in found:
-            if checkpoint.run != run_id:  # copied here, or a folder name that two runs share
-                raise unfit(checkpoint, f"run {checkpoint.run[:8]} wrote it")
-        last = next((c for c in found if c.step == plan.total_steps), None)
-        source = next((c for c in reversed(found) if c.resumable and c.step >= plan.total_steps), None)
-        if last is not None and source is not None:
-            yield product(last, step_losses(source.losses(), plan)[: last.step], reused=True)
-            return
-        newest = next((c for c in reversed(found) if c.resumable and c.step < plan.total_steps), None)
-        run = open_run(base, train_set, config, folder, run_id, plan, precision, places.cache)
         if newest is not None:
             restore(run, newest)
-        yield from _train(run, newest)
+        yield from _train(run, newest, runs)
         yield from _preview_image(run)
-        last = next(c for c in folder.checkpoints() if c.step == run.step)
-        yield product(last, step_losses(run.micro_losses, plan), reused=False)
+        last = next(c for c in run.folder.checkpoints() if c.step == run.step)
+        yield product.make(last, step_losses(run.micro_losses, run.plan), reused=False)
     except OSError as error:
-        raise disk_refusal(error, folder.path) from error
-    finally:
-        folder.close()
+        raise disk_refusal(error, run.folder.path) from error
 
 
-def _train(run: Run, resumed: Checkpoint | None) -> Generator[Event, None, None]:
+def _train(run: Run, resumed: Checkpoint | None, runs: int) -> Lane:
     config, plan = run.config, run.plan
     write_settings(run.folder.path, run.train_set, config, run.base)
     with RunLog(run.folder.path, run.step) as log:
-        lines = planned_lines(run, resumed)
+        lines = planned_lines(run, resumed, runs)
         log.lines(lines)
         yield Planned(
             plan.total_steps,
@@ -150,31 +144,33 @@ def _train(run: Run, resumed: Checkpoint | None) -> Generator[Event, None, None]
             run.folder.path,
             tuple(lines),
         )
+        run.adapter.select()
         if run.validation is not None:
             yield from run.validation.prepare()
         yield from run.inputs.prepare()
         for note in run.inputs.cache.notes:
             yield Note(note)
         saved_step = run.step
-        steady = True  # between steps and saves: the run is what its last finished step left
+        guard = SpillGuard()
         try:
             while run.step < plan.total_steps:
-                started, steady = time.perf_counter(), False
-                with strict(config.deterministic):
-                    result = train_step(run)
-                steady = True
+                started = time.perf_counter()
+                result = yield from train_step(run)
                 while run.engine.notes:
                     yield Note(run.engine.notes.pop(0))
                 event = _step_event(run, result, time.perf_counter() - started)
                 log.step(event)
                 yield event
+                if (spilled := _spill_note(guard, run, event)) is not None:
+                    log.lines([spilled])
+                    yield Note(spilled)
                 if (
                     _is_due(run, config.save_every_n_steps, config.save_every_n_epochs)
                     or run.step == plan.total_steps
                 ):
-                    steady = False
+                    run.is_settled = False
                     saved = save(run)
-                    saved_step, steady = run.step, True
+                    saved_step, run.is_settled = run.step, True
                     log.lines(
                         [f"step {run.step}: saved, {saved.zero_tensors} of {saved.num_tensors} tensors zero"]
                     )
@@ -187,12 +183,10 @@ def _train(run: Run, resumed: Checkpoint | None) -> Generator[Event, None, None]
                 if config.sample_every_n_steps and run.step % config.sample_every_n_steps == 0:
                     yield from _samples(run)
         except BaseException:  # closed, or an exception thrown in by a host that interrupts
-            if steady and run.step > saved_step:
+            if run.is_settled and run.step > saved_step:
                 save(run)
                 log.lines([f"step {run.step}: stopped and saved; queue again to continue"])
             raise
-        finally:
-            run.engine.close()
 
 
 @torch.no_grad()
@@ -201,10 +195,11 @@ def validate(run: Run) -> Iterator[Validated]:
     if run.validation is None:
         return
     total, seen = 0.0, 0
+    run.adapter.select()
     for batch in plan_epoch(run.validation.train_set, run.config.train_batch_size, run.config.seed, 0):
         fed = run.validation.draw(0, seen, batch)  # always those of step 0, so that values compare
         on_device = tuple(None if x is None else x.to(run.precision.device) for x in fed)
-        loss = micro_loss(run.base, run.parts, run.config, run.validation, run.precision, on_device)
+        loss = micro_losses([run], run.validation, on_device)
         total, seen = total + loss.item() * len(batch.indices), seen + len(batch.indices)
     yield Validated(run.step, total / seen, seen)
 
@@ -219,6 +214,7 @@ def save(run: Run) -> Saved:
         "torch": torch.__version__,
         "device": run.precision.device.type,
         "engine": run.engine.name,
+        "attention": run.attention,
     }
     if run.scaler.is_enabled():
         info["scaler"] = run.scaler.state_dict()
@@ -263,6 +259,17 @@ def _step_event(run: Run, result: StepResult, seconds: float) -> Step:
     return Step(run.step, run.plan.total_steps, epoch, result.loss, average, rates, result.grad_norm, seconds)
 
 
+def _spill_note(guard: SpillGuard, run: Run, event: Step) -> str | None:
+    """Ask the guard about a step on a GPU."""
+    device = run.precision.device
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    used = max(total - free, torch.cuda.memory_reserved(device))
+    shapes = tuple((batch.bucket, len(batch.indices)) for batch in run.batches(run.step - 1))
+    return guard.feed(event.seconds, used, total, kind=shapes)
+
+
 def _is_due(run: Run, every_steps: int | None, every_epochs: int | None) -> bool:
     by_step = every_steps is not None and run.step % every_steps == 0
     return by_step or (every_epochs is not None and run.step % (every_epochs * run.plan.steps_per_epoch) == 0)
@@ -277,18 +284,18 @@ def _sample(run: Run, prompt: str, path: Path) -> Sampled | Note:
     """Draw one image; one that cannot be drawn (memory) is no reason to end a run."""
     width, height = resolution_wh(run.train_set.config)
     config = run.config
+    run.adapter.select()
     try:
-        with run.precision.autocast():
-            (image,) = run.base.family.sample(
-                run.parts,
-                [prompt],
-                negative="",
-                seeds=[config.seed],
-                size=(height, width),
-                steps=config.sample_steps,
-                cfg=config.sample_cfg,
-                clip_skip=config.clip_skip,
-            )
+        (image,) = run.base.family.sample(
+            run.parts,
+            [prompt],
+            negative="",
+            seeds=[config.seed],
+            size=(height, width),
+            steps=config.sample_steps,
+            cfg=config.sample_cfg,
+            clip_skip=config.clip_skip,
+        )
     except (RuntimeError, MemoryError) as error:
         return Note(f"The sample of step {run.step} could not be drawn: {one_line(str(error), 300)}")
     path.parent.mkdir(exist_ok=True)

@@ -21,6 +21,10 @@ from .families.opening import Base
 # Settings that change neither the LoRA's tensors nor their order of making.
 NOT_IN_HASH = (
     "engine",
+    "attention",
+    "memory",
+    "blocks_to_swap",
+    "gradient_checkpointing",
     "output_name",
     "name_taken",
     "cache_latents",

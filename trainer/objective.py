@@ -57,16 +57,16 @@ def min_snr_weight(snr: torch.Tensor, gamma: float) -> torch.Tensor:
     return snr.clamp(max=gamma) / snr
 
 
-def diffusion_loss(
+def diffusion_losses(
     pred: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor | None,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean squared error, one value a sample, weighted (B,) and averaged; computed in float32.
+    """Return each sample's mean squared error times its weight, both (B,); computed in float32.
 
     ``mask`` (B, 1, h, w) weighs the places; masked places still count in the mean, as in kohya's trainer.
     """
     squared = (pred.float() - target.float()).square()
     per_sample = (squared if mask is None else squared * mask).mean(dim=(1, 2, 3))
-    return (per_sample if weight is None else per_sample * weight).mean()
+    return per_sample if weight is None else per_sample * weight

@@ -5,17 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 
 @dataclass
 class Parts:
-    """A base model's modules, frozen, and its tokenizer; the weights may be a host's, shared."""
+    """A base model's modules, frozen, and its tokenizer; the weights may be a host's, shared.
+
+    ``dtype`` is that of the denoiser's and the text encoder's arithmetic; the VAE's is float32.
+    """
 
     denoiser: nn.Module
     vae: nn.Module
     text_encoder: nn.Module
     tokenizer: Any
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)

@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from .adapters import lora
+from .adapters.fused import fuse
 from .checkpoint import Checkpoint, RunFolder
 from .config import TrainConfig, denoiser_lr, encoder_lr
 from .data.batches import Batch, plan_epoch
 from .data.cache import TensorCache
 from .data.train_set import TrainSet
+from .engine.attention import use_attention
+from .engine.attention_choice import Choice, largest_shapes
+from .engine.attention_choice import choose as choose_attention
 from .engine.captured import Captured
-from .engine.precision import Precision, enable_gradient_checkpointing, place
+from .engine.precision import Precision, place
 from .engine.small_maps import use_matrix_products
-from .engine.steps import Eager, Engine, Tensors, choose
-from .errors import LoraGraftError, one_line
+from .engine.steps import Eager, Engine, Fused, Key, Loss, Rows, Tensors, choose, parameters_of
+from .errors import LoraGraftError, listed, one_line
 from .families.opening import Base
-from .inputs import Fed, Inputs
-from .objective import diffusion_loss, min_snr_weight
+from .inputs import Fed, Inputs, keeps_text
+from .objective import diffusion_losses, min_snr_weight
 from .optim import build_optimizer
 from .parts import Parts
 from .plan import Plan
 
 
+@dataclass(frozen=True)
+class Job:
+    """A run before anything is loaded: what it trains, where it writes, and who it is."""
+
+    base: Base
+    train_set: TrainSet
+    config: TrainConfig
+    plan: Plan
+    precision: Precision
+    run_id: str
+    words: str
+    folder: RunFolder
+
+
 @dataclass
 class Run:
-    """Everything that a step needs, and what it changes."""
+    """Everything that a step needs, and what it changes; runs side by side share base, parts and engine.
+
+    ``is_settled`` is False while an update is under way: then the tensors are no finished step's.
+    """
 
     base: Base
     parts: Parts
@@ -46,17 +68,25 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     engine: Engine
-    engine_why: str
+    attention: str
+    how: list[str]
     folder: RunFolder
     run_id: str
     step: int = 0
     micro_losses: list[float] = field(default_factory=list)
+    is_settled: bool = True
     _epoch: tuple[int, list[Batch]] = (-1, [])
+    _ahead: tuple[int, list[Fed]] = (-1, [])
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All trained tensors."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        return parameters_of(self.optimizer)
+
+    @property
+    def setting(self) -> Key:
+        """What runs must have in common to go through the base together, beside the tensors' shapes."""
+        return (self.config.clip_skip, self.inputs.keeps_text)
 
     def batches(self, step: int) -> list[Batch]:
         """Return the micro-batches of ``step`` (from 0)."""
@@ -68,86 +98,201 @@ class Run:
             )
         return self._epoch[1][k * self.plan.accumulation : (k + 1) * self.plan.accumulation]
 
+    def feed(self, step: int) -> list[Fed]:
+        """Draw what ``step`` is fed, one entry a micro-batch."""
+        if self._ahead[0] == step:
+            return self._ahead[1]
+        fed, sample = [], 0
+        for batch in self.batches(step):
+            fed.append(self.inputs.draw(step, sample, batch))
+            sample += len(batch.indices)
+        return fed
 
-def open_run(
-    base: Base,
-    train_set: TrainSet,
-    config: TrainConfig,
-    folder: RunFolder,
-    run_id: str,
-    plan: Plan,
-    precision: Precision,
-    cache: Path,
-) -> Run:
-    """Load the base, put the adapter on it and build the optimizer; nothing is trained yet."""
+    def draw_ahead(self, step: int) -> None:
+        """Draw ``step`` now, while the device is still at work on the one before."""
+        if step < self.plan.total_steps:
+            self._ahead = (step, self.feed(step))
+
+
+# Settings of the base and the engine that runs side by side share, so these must be equal.
+SHARED = (
+    "engine",
+    "deterministic",
+    "attention",
+    "base_storage",
+    "memory",
+    "blocks_to_swap",
+    "gradient_checkpointing",
+)
+
+
+def open_runs(jobs: Sequence[Job], cache: Path, before: Mapping[str, Any]) -> list[Run]:
+    """Load the base once, put all runs' adapters on it and build the optimizers; nothing is trained yet.
+
+    The jobs have one base. ``before`` is what the checkpoint to continue from says of itself, empty at a
+    start: what was chosen then stays. Raises LG-RUN-010 where the jobs need different ones of what they
+    share.
+    """
+    _check_shared(jobs)
+    base, precision, config = jobs[0].base, jobs[0].precision, jobs[0].config
+    settings = [_lora_settings(job.config) for job in jobs]
+    encoded_once = all(
+        keeps_text(data, own.text_encoder)
+        for job, own in zip(jobs, settings, strict=True)
+        for data in (job.train_set, job.train_set.validation)
+        if data is not None
+    )
     parts = base.load()
-    place(parts, precision)
-    if precision.device.type == "cpu" and precision.name == "fp32":
+    lines = place(
+        parts,
+        precision,
+        owned=base.owned,
+        storage=config.base_storage,
+        text_at_every_step=not encoded_once,
+    )
+    if precision.device.type == "cpu" and precision.name != "fp16":
         use_matrix_products(parts.denoiser)
-    rates = {"text_encoder": encoder_lr(config), "denoiser": denoiser_lr(config)}
-    settings = lora.Settings(
+    rates = [{"text_encoder": encoder_lr(j.config), "denoiser": denoiser_lr(j.config)} for j in jobs]
+    attention, said = _attention(parts, jobs, before)
+    targets = [base.family.targets(parts, convolutions=job.config.conv_dim is not None) for job in jobs]
+    adapters = lora.inject_side_by_side(parts, list(zip(settings, targets, strict=True)))
+    optimizers = [
+        build_optimizer(
+            job.config, [(adapter.parameters(part), rate) for part, rate in own.items() if rate > 0]
+        )
+        for job, adapter, own in zip(jobs, adapters, rates, strict=True)
+    ]
+    runs: list[Run] = []
+    scalers = [precision.scaler() for _ in jobs]
+    losses_of = partial(_losses, runs)
+    engine, why = _engine(parts, config, precision, losses_of, optimizers, scalers, adapters)
+    store = TensorCache(cache)
+    for job, own, adapter, optimizer, scaler in zip(
+        jobs, settings, adapters, optimizers, scalers, strict=True
+    ):
+        common = (job.config, precision, store, own.text_encoder)
+        inputs = Inputs(base, parts, job.train_set, *common, job.plan.total_steps)
+        kept_out = job.train_set.validation
+        validation = Inputs(base, parts, kept_out, *common) if kept_out else None
+        runs.append(
+            Run(
+                base,
+                parts,
+                job.train_set,
+                job.config,
+                job.plan,
+                precision,
+                inputs,
+                validation,
+                adapter,
+                optimizer,
+                scaler,
+                engine,
+                attention.name,
+                [*lines, why, *said],
+                job.folder,
+                job.run_id,
+            )
+        )
+    return runs
+
+
+def _check_shared(jobs: Sequence[Job]) -> None:
+    first = jobs[0]
+    for number, job in enumerate(jobs[1:], 2):
+        different = [n for n in SHARED if getattr(job.config, n) != getattr(first.config, n)]
+        if job.precision.name != first.precision.name:
+            different.append("mixed_precision")
+        if different:
+            raise LoraGraftError(
+                "LG-RUN-010",
+                f"Runs 1 and {number} cannot train side by side.",
+                where=listed(different),
+                why="they share one base model and one engine.",
+                fix="give these settings the same value in all runs, or train the runs one after the other",
+            )
+
+
+def _lora_settings(config: TrainConfig) -> lora.Settings:
+    return lora.Settings(
         config.network_dim,
         config.network_alpha,
         config.conv_dim,
         config.conv_alpha or 1.0,
         config.seed,
-        denoiser=rates["denoiser"] > 0,
-        text_encoder=rates["text_encoder"] > 0,
-    )
-    targets = base.family.targets(parts, convolutions=config.conv_dim is not None)
-    adapter = lora.inject(parts, settings, targets)
-    if config.gradient_checkpointing:
-        enable_gradient_checkpointing(parts, denoiser=settings.denoiser, text_encoder=settings.text_encoder)
-    groups = [(adapter.parameters(part), rate) for part, rate in rates.items() if rate > 0]
-    optimizer = build_optimizer(config, groups)
-    store, trains_text = TensorCache(cache), settings.text_encoder
-    inputs = Inputs(base, parts, train_set, config, precision, store, trains_text, plan.total_steps)
-    validation = (
-        Inputs(base, parts, train_set.validation, config, precision, store, trains_text)
-        if train_set.validation
-        else None
-    )
-    scaler = precision.scaler()
-    loss_of = partial(micro_loss, base, parts, config, inputs, precision)
-    name, why = choose(config.engine, precision, optimizer)
-    engine: Engine = (
-        Captured(loss_of, optimizer, precision.device)
-        if name == "captured"
-        else Eager(loss_of, optimizer, scaler, precision.device)
-    )
-    return Run(
-        base,
-        parts,
-        train_set,
-        config,
-        plan,
-        precision,
-        inputs,
-        validation,
-        adapter,
-        optimizer,
-        scaler,
-        engine,
-        why,
-        folder,
-        run_id,
+        denoiser=denoiser_lr(config) > 0,
+        text_encoder=encoder_lr(config) > 0,
     )
 
 
-def micro_loss(
-    base: Base, parts: Parts, config: TrainConfig, inputs: Inputs, precision: Precision, tensors: Tensors
-) -> torch.Tensor:
-    """Return the loss of one micro-batch: noise, prediction, weight, mean; ``tensors`` are a `Fed`'s."""
+def _engine(
+    parts: Parts,
+    config: TrainConfig,
+    precision: Precision,
+    losses_of: Loss,
+    optimizers: Sequence[torch.optim.Optimizer],
+    scalers: Sequence[torch.amp.GradScaler],
+    adapters: Sequence[lora.Adapter],
+) -> tuple[Engine, str]:
+    """Return the engine that the settings and the machine allow, and a line on why it is this one."""
+    name, why = choose(config.engine, precision, optimizers[0])
+    line = f"{name} steps ({why})"
+    device, deterministic = precision.device, config.deterministic
+    if name == "eager":
+        return Eager(losses_of, optimizers, scalers, device, deterministic), line
+    flat, banks = fuse(parts, adapters, precision.dtype)
+    fused = Fused(losses_of, optimizers, flat, banks, device, deterministic)
+    return (Captured(fused) if name == "captured" else fused), line
+
+
+def _attention(parts: Parts, jobs: Sequence[Job], before: Mapping[str, Any]) -> tuple[Choice, list[str]]:
+    """Choose how the denoiser's attention is computed, put it in, and say so."""
+    config, precision, multiple = jobs[0].config, jobs[0].precision, jobs[0].base.family.latent_multiple
+    width, height = max((b for job in jobs for b in job.train_set.buckets), key=lambda b: b[0] * b[1])
+    images = sum(job.config.train_batch_size for job in jobs)
+    text = max(int(job.config.max_token_length) for job in jobs) + 2
+    shapes = largest_shapes(parts.denoiser, images, (height // multiple, width // multiple), text)
+    choice = choose_attention(
+        config.attention,
+        precision.device,
+        precision.dtype,
+        shapes,
+        deterministic=config.deterministic,
+        before=before.get("attention"),
+    )
+    installed = use_attention(parts.denoiser, choice.name)
+    lines = [f"{choice.name} attention ({choice.why})"]
+    return choice, lines + ([installed.note] if installed.note else [])
+
+
+def _losses(runs: Sequence[Run], rows: Rows, tensors: Tensors) -> torch.Tensor:
+    """Return the mean loss of each run's slice, (len(rows),); ``tensors`` are a `Fed`'s, joined."""
+    active = [runs[row] for row in rows]
+    active[0].adapter.rows.active = rows
+    return micro_losses(active, active[0].inputs, tensors)
+
+
+def micro_losses(runs: Sequence[Run], inputs: Inputs, tensors: Tensors) -> torch.Tensor:
+    """Return the loss of one micro-batch a run: noise, prediction, weight, mean."""
+    base, parts = runs[0].base, runs[0].parts
     latents, noise, t, text, weight, mask = cast("Fed", tensors)
     schedule = base.family.schedule
     noisy = schedule.add_noise(latents, noise, t)
     cond = inputs.embed(text)
-    with precision.autocast():
-        pred = base.family.predict(parts, noisy, t, cond)
-    if config.min_snr_gamma is not None:
-        by_snr = min_snr_weight(schedule.snr(t), config.min_snr_gamma)
-        weight = by_snr if weight is None else by_snr * weight
-    return diffusion_loss(pred, noise, weight, mask)
+    pred = base.family.predict(parts, noisy, t, cond)
+    for_snr = _snr_weights(runs, schedule.snr(t))
+    if for_snr is not None:
+        weight = for_snr if weight is None else for_snr * weight
+    return diffusion_losses(pred, noise, weight, mask).view(len(runs), -1).mean(dim=1)
+
+
+def _snr_weights(runs: Sequence[Run], snr: torch.Tensor) -> torch.Tensor | None:
+    """Return min-SNR weights of the samples, where a run asks for them."""
+    gammas = [run.config.min_snr_gamma for run in runs]
+    if not any(gammas):
+        return None
+    pieces = zip(gammas, snr.chunk(len(runs)), strict=True)
+    return torch.cat([torch.ones_like(x) if g is None else min_snr_weight(x, g) for g, x in pieces])
 
 
 def training_state(run: Run) -> dict[str, torch.Tensor]:
@@ -191,7 +336,7 @@ def unfit(checkpoint: Checkpoint, why: str) -> LoraGraftError:
     )
 
 
-def planned_lines(run: Run, resumed: Checkpoint | None) -> list[str]:
+def planned_lines(run: Run, resumed: Checkpoint | None, runs: int = 1) -> list[str]:
     """Say in words what is known before step 1."""
     config, plan = run.config, run.plan
     records, modules = run.train_set.records, run.adapter.modules
@@ -208,6 +353,7 @@ def planned_lines(run: Run, resumed: Checkpoint | None) -> list[str]:
         f"{sum(p.numel() for p in run.parameters):,} parameters",
         f"base {run.base.family.name} {run.base.weights_hash}",
         f"{run.precision.name} on {run.precision.device}, captions {text}",
-        f"{run.engine.name} steps ({run.engine_why})",
+        *run.how,
+        *([f"one of {runs} runs side by side"] if runs > 1 else []),
         f"continues at step {resumed.step} with its optimizer state" if resumed else "starts at step 0",
     ]

@@ -68,7 +68,7 @@ def test_fifty_captured_steps_are_fifty_eager_ones(
     options = {**VARIANTS[variant], "mixed_precision": "fp32"}
     eager, _ = train(base, train_set, tmp_path / "eager", engine="eager", **options)
     captured, events = train(base, train_set, tmp_path / "captured", engine="captured", **options)
-    assert not [e.text for e in runs.of(events, api.Note) if "eagerly" in e.text]
+    assert not [e.text for e in runs.of(events, api.Note) if "not captured" in e.text]
     assert any("captured steps" in line for line in runs.of(events, api.Planned)[0].lines)
     assert captured.losses == pytest.approx(eager.losses, rel=1e-4)
 
@@ -112,16 +112,16 @@ def test_a_capture_that_fails_is_said_and_runs_eagerly(
 ) -> None:
     from loragraft.trainer import run
 
-    real = run.diffusion_loss
+    real = run.diffusion_losses
 
     def on_the_host(*tensors: Any) -> torch.Tensor:
-        loss = real(*tensors)
-        return loss * (1.0 if loss.item() > 0 else 2.0)  # reads the loss: no graph can hold that
+        losses = real(*tensors)
+        return losses * (1.0 if losses.sum().item() > 0 else 2.0)  # reads the loss: no graph can hold that
 
-    monkeypatch.setattr(run, "diffusion_loss", on_the_host)
+    monkeypatch.setattr(run, "diffusion_losses", on_the_host)
     options: dict[str, Any] = {"max_train_steps": 6, "mixed_precision": "fp32"}
     captured, events = train(base, train_set, tmp_path / "captured", **options)
-    assert [e for e in runs.of(events, api.Note) if "run eagerly" in e.text]
-    monkeypatch.setattr(run, "diffusion_loss", real)
+    assert [e for e in runs.of(events, api.Note) if "not captured" in e.text]
+    monkeypatch.setattr(run, "diffusion_losses", real)
     eager, _ = train(base, train_set, tmp_path / "eager", engine="eager", **options)
     assert captured.losses == pytest.approx(eager.losses, rel=1e-4)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from loragraft.trainer import api
 from loragraft.trainer.data.batches import Batch, plan_epoch
 
@@ -78,6 +80,11 @@ class Training:
                 if isinstance(event, api.Step) and event.step == step:
                     return
         raise AssertionError(f"the run ended before step {step}")
+
+
+def trained(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """Return the tensors that an optimizer trains."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def of(events: list[api.Event] | Iterator[api.Event], kind: type[Kind]) -> list[Kind]:

@@ -23,7 +23,7 @@ MAIN: dict[str, dict[str, Any]] = {
 NODES = (
     *("LoadDemoBase", "LoadImageFolder", "FrameExtract", "ConvertImages", "FindDuplicates", "Crop"),
     *("WD14Tag", "DownloadTagger", "EditCaptions", "SetCaptions", "DatasetToImages", "ImagesToDataset"),
-    *("BuildDataset", "LoadDatasetConfig", "ExportDataset", "TrainLoRA", "PreviewWithLoRA"),
+    *("BuildDataset", "LoadDatasetConfig", "ExportDataset", "Sweep", "TrainLoRA", "PreviewWithLoRA"),
 )
 TABLES = {"LoraGraftBuildDataset": widgets.dataset_widgets(), "LoraGraftTrainLoRA": widgets.train_widgets()}
 # The frontend reads these as vue-i18n messages, in which they are syntax.

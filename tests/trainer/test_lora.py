@@ -52,13 +52,13 @@ def moved(adapter: lora.Adapter) -> lora.Adapter:
     torch.manual_seed(1)
     for m in adapter.modules:
         m.module.double()
-        m.module.up.data.normal_()
+        m.low.up.data.normal_()
     return adapter
 
 
 def delta(m: lora.Adapted) -> torch.Tensor:
     """Return the change of the weight: alpha/rank * up @ down, written out for convolutions too."""
-    down, up = m.module.down.detach(), m.module.up.detach()
+    down, up = m.low.down.detach(), m.low.up.detach()
     return (m.alpha / m.rank) * torch.einsum("or,r...->o...", up.flatten(1), down)
 
 
@@ -79,7 +79,7 @@ def test_a_new_lora_changes_nothing(base: api.Base) -> None:
     adapter = lora.inject(parts, SETTINGS, base.family.targets(parts, convolutions=True))
     after = outputs()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    moved_ups = [m.module.up.data.fill_(0.1) for m in adapter.modules]
+    moved_ups = [m.low.up.data.fill_(0.1) for m in adapter.modules]
     assert not torch.allclose(outputs()[1], before[1], atol=1e-3), len(moved_ups)
 
 
@@ -87,7 +87,7 @@ def test_down_starts_within_kaimings_bound_and_up_at_zero(parts: Parts) -> None:
     """kohya's init is kaiming_uniform_(a=sqrt(5)): uniform within 1/sqrt(fan_in)."""
     adapter = lora.inject(parts, dataclasses.replace(SETTINGS, network_dim=600, conv_dim=600), TARGETS)
     for m in adapter.modules:
-        down = m.module.down.detach()
+        down = m.low.down.detach()
         reference = torch.empty_like(down)
         nn.init.kaiming_uniform_(reference, a=5**0.5)
         bound = down[0].numel() ** -0.5
@@ -96,8 +96,8 @@ def test_down_starts_within_kaimings_bound_and_up_at_zero(parts: Parts) -> None:
         assert reference.abs().max() == pytest.approx(bound, rel=0.01)
         assert abs(down.mean()) < 0.06 * bound
         assert down.std() == pytest.approx(reference.std().item(), rel=0.05)
-        assert not m.module.up.any()
-        assert down.dtype == m.module.up.dtype == torch.float32
+        assert not m.low.up.any()
+        assert down.dtype == m.low.up.dtype == torch.float32
 
 
 def test_the_start_of_a_module_depends_on_seed_and_name_alone(parts: Parts) -> None:
@@ -136,11 +136,11 @@ def test_the_forward_pass_is_that_of_the_changed_weight(parts: Parts, name: str)
 
 def test_alpha_over_rank_scales_each_group(parts: Parts) -> None:
     adapter = lora.inject(parts, SETTINGS, TARGETS)
-    scales = {m.target.path: (m.rank, m.alpha, m.module.scale) for m in adapter.modules}
+    scales = {m.target.path: (m.rank, m.alpha, m.low.scale) for m in adapter.modules}
     assert scales == {n: (3, 1.5, 0.5) if n in LARGE else (4, 2.0, 0.5) for n in LAYERS}
     other = Parts(Toy(), nn.Identity(), Toy(), None)
     adapter = lora.inject(other, dataclasses.replace(SETTINGS, network_alpha=16.0), TARGETS)
-    assert {m.module.scale for m in adapter.modules} == {4.0, 0.5}
+    assert {m.low.scale for m in adapter.modules} == {4.0, 0.5}
 
 
 def test_strength_is_linear_and_zero_is_the_base(parts: Parts) -> None:
@@ -218,7 +218,7 @@ def test_a_lora_on_nothing_is_refused(parts: Parts) -> None:
 def test_state_goes_out_and_in_unchanged(parts: Parts) -> None:
     adapter = lora.inject(parts, SETTINGS, TARGETS)
     for m in adapter.modules:
-        m.module.up.data.normal_()
+        m.low.up.data.normal_()
     state = {k: v.clone() for k, v in adapter.state_dict().items()}
     assert len(state) == 3 * len(LAYERS)
     assert all(v.dtype == torch.float32 for v in state.values())
@@ -240,7 +240,7 @@ def test_a_saved_lora_is_attached_with_its_own_rank_and_alpha(parts: Parts) -> N
     x = torch.randn(3, 6)
     adapter = lora.inject(parts, SETTINGS, TARGETS)
     for m in adapter.modules:
-        m.module.up.data.normal_()
+        m.low.up.data.normal_()
     saved = adapter.state_dict()
     expected = parts.denoiser.float().linear(x)
     lora.remove(parts, adapter)
@@ -310,7 +310,7 @@ def test_diffusers_applies_the_file_as_we_do(base: api.Base, tmp_path: Path, con
     adapter = lora.inject(ours, dataclasses.replace(SETTINGS, conv_dim=conv_dim), targets)
     torch.manual_seed(2)
     for m in adapter.modules:
-        m.module.up.data.normal_(std=0.05)
+        m.low.up.data.normal_(std=0.05)
     file = tmp_path / "x.safetensors"
     write_safetensors(file, as_saved(adapter.state_dict(), "fp16"))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from loragraft.trainer.objective import NoiseSchedule, diffusion_loss, generator, min_snr_weight
+from loragraft.trainer.objective import NoiseSchedule, diffusion_losses, generator, min_snr_weight
 from loragraft_tests.trainer.data_folders import golden
 
 REFERENCE = golden("snr_weights")
@@ -80,14 +80,14 @@ def test_min_snr_leaves_noisy_steps_alone_and_damps_clean_ones() -> None:
 def test_the_loss_is_the_mean_of_the_samples_whatever_their_dtype() -> None:
     pred, target = torch.randn(4, 4, 2, 2), torch.randn(4, 4, 2, 2)
     plain = torch.nn.functional.mse_loss(pred, target)
-    torch.testing.assert_close(diffusion_loss(pred, target, None), plain)
+    torch.testing.assert_close(diffusion_losses(pred, target, None).mean(), plain)
     weight = torch.tensor([0.0, 1.0, 2.0, 0.5])
     each = ((pred - target) ** 2).flatten(1).mean(1)
-    torch.testing.assert_close(diffusion_loss(pred, target, weight), (each * weight).sum() / 4)
-    half = diffusion_loss(pred.half(), target.half(), None)
+    torch.testing.assert_close(diffusion_losses(pred, target, weight).mean(), (each * weight).sum() / 4)
+    half = diffusion_losses(pred.half(), target.half(), None).mean()
     assert half.dtype == torch.float32
     big = torch.full((1, 4, 2, 2), 300.0).half()  # its square is beyond fp16
-    assert diffusion_loss(big, torch.zeros_like(big), None).item() == 90000.0
+    assert diffusion_losses(big, torch.zeros_like(big), None).mean().item() == 90000.0
 
 
 # ---- draws ----

@@ -1,16 +1,24 @@
-"""Which precision a run computes in."""
+"""Which precision a run computes in, and how a base model's weights are brought to it."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from loragraft.trainer.engine.precision import resolve, strict
+from loragraft.trainer import api
+from loragraft.trainer.adapters import lora
+from loragraft.trainer.engine.frozen import FROZEN
+from loragraft.trainer.engine.precision import place, resolve, strict, visiting
 from loragraft.trainer.engine.steps import choose
+from loragraft.trainer.engine.storage import FORMATS, Packed
 from loragraft.trainer.errors import LoraGraftError
+from loragraft_tests.trainer import tiny
 
-GPU = torch.device("cuda")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def adamw() -> torch.optim.Optimizer:
@@ -29,9 +37,9 @@ def test_auto_on_a_cpu_is_fp32() -> None:
     assert resolve("auto", torch.device("cpu")).name == "fp32"
 
 
-@pytest.mark.parametrize("setting", ["auto", "eager"])
-def test_a_cpu_takes_eager_steps(setting: str) -> None:
-    assert choose(setting, resolve("fp32", torch.device("cpu")), adamw())[0] == "eager"
+@pytest.mark.parametrize(("setting", "name"), [("auto", "fused"), ("fused", "fused"), ("eager", "eager")])
+def test_a_cpu_takes_fused_steps_unless_told_otherwise(setting: str, name: str) -> None:
+    assert choose(setting, resolve("fp32", CPU), adamw())[0] == name
 
 
 @pytest.mark.parametrize(
@@ -47,18 +55,20 @@ def test_a_gpu_takes_captured_steps_unless_a_loss_scaler_decides(
 
 def test_captured_steps_are_refused_where_they_cannot_be() -> None:
     with pytest.raises(LoraGraftError) as refused:
-        choose("captured", resolve("fp32", torch.device("cpu")), adamw())
+        choose("captured", resolve("fp32", CPU), adamw())
     assert refused.value.code == "LG-RUN-008"
-    assert "cpu" in refused.value.why
+    assert "CUDA graphs" in refused.value.why
 
 
-def test_an_optimizer_that_cannot_be_captured_runs_eagerly() -> None:
+def test_an_optimizer_that_cannot_be_captured_is_not() -> None:
     class Plain(torch.optim.Optimizer):
         def __init__(self) -> None:
             super().__init__([nn.Parameter(torch.zeros(1))], {"lr": 1.0})
 
-    name, why = choose("auto", resolve("fp32", GPU), Plain())
-    assert name == "eager" and "Plain" in why
+    assert choose("auto", resolve("fp32", GPU), Plain())[0] == "fused"
+    with pytest.raises(LoraGraftError) as refused:
+        choose("captured", resolve("fp32", GPU), Plain())
+    assert "optimizer" in refused.value.why
 
 
 def test_strict_mode_leaves_the_process_as_it_was() -> None:
@@ -84,3 +94,165 @@ def test_bf16_is_refused_where_the_gpu_has_none(monkeypatch: pytest.MonkeyPatch)
         resolve("bf16", GPU)
     assert refused.value.code == "LG-RUN-002"
     assert "an old card" in refused.value.why
+
+
+# ---- placing the weights ----
+
+
+def floats(module: nn.Module) -> set[torch.dtype]:
+    return {p.dtype for p in module.parameters()}
+
+
+def casting(module: nn.Module) -> int:
+    """Count the layers that bring their weight at each use."""
+    return sum(isinstance(m, FROZEN) for m in module.modules())
+
+
+@pytest.mark.parametrize("owned", [True, False])
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_on_a_cpu_what_steps_use_is_converted_once(base: api.Base, name: str, owned: bool) -> None:
+    parts, precision = base.load(), resolve(name, CPU)
+    assert place(parts, precision, owned=owned) == []
+    assert parts.dtype == precision.dtype
+    for part in (parts.denoiser, parts.text_encoder):
+        assert floats(part) == {precision.dtype}, "norms too"
+        assert casting(part) == 0
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_what_no_step_uses_keeps_its_storage(base: api.Base, name: str) -> None:
+    parts = base.load()
+    files = {p.data_ptr() for p in parts.text_encoder.parameters()}
+    place(parts, resolve(name, CPU), owned=True, text_at_every_step=False)
+    for part in (parts.text_encoder, parts.vae):
+        matrices = [p for p in part.parameters() if p.ndim > 1]
+        assert {p.dtype for p in matrices} == {torch.float16}
+    vectors = {p.dtype for p in parts.vae.parameters() if p.ndim == 1}
+    assert vectors == {torch.float32}, "fp16 overflows in it"
+    embeddings = [p for n, p in parts.text_encoder.named_parameters() if "embedding" in n]
+    assert embeddings and {p.data_ptr() for p in embeddings} <= files, "it is the file's own memory"
+    ids = base.family.tokenize(parts, ["zibu"], 75)
+    assert base.family.encode_text(parts, ids, 1).dtype == parts.dtype
+    moments = base.family.encode_images(parts, torch.zeros(1, 3, 16, 16))
+    assert {m.dtype for m in moments.values()} == {torch.float32}
+
+
+def test_shared_weights_on_an_accelerator_stay_as_they_are(base: api.Base) -> None:
+    """The device without memory stands in for one: what is shared must not be copied there."""
+    device = torch.device("meta")
+    for owned, copied in ((False, False), (True, True)):
+        parts = base.load()
+        parts.denoiser.to(device)
+        parts.text_encoder.to(device)
+        place(parts, resolve("bf16", device), owned=owned)
+        for part in (parts.denoiser, parts.text_encoder):
+            matrices = {p.dtype for p in part.parameters() if p.ndim > 1}
+            assert matrices == {torch.bfloat16 if copied else torch.float16}
+            assert (casting(part) == 0) is copied
+            assert {p.dtype for p in part.parameters() if p.ndim == 1} == {torch.bfloat16}
+
+
+def test_in_fp32_the_storage_changes_no_bit(base: api.Base) -> None:
+    found = []
+    for often in (True, False):
+        parts = base.load()
+        place(parts, resolve("fp32", CPU), owned=True, text_at_every_step=often)
+        if not often:
+            assert casting(parts.text_encoder) and casting(parts.vae)
+        with torch.no_grad():
+            ids = base.family.tokenize(parts, ["zibu, blue"], 75)
+            cond = base.family.encode_text(parts, ids, 2)
+            mean = base.family.encode_images(parts, torch.linspace(-1, 1, 768).view(1, 3, 16, 16))["mean"]
+        found.append((cond, mean))
+    plain = base.load()
+    plain.vae.float()
+    plain.text_encoder.float()
+    with torch.no_grad():
+        mean = base.family.encode_images(plain, torch.linspace(-1, 1, 768).view(1, 3, 16, 16))["mean"]
+        cond = base.family.encode_text(plain, base.family.tokenize(plain, ["zibu, blue"], 75), 2)
+    for one in found:
+        assert torch.equal(one[0], cond) and torch.equal(one[1], mean)
+
+
+@pytest.mark.parametrize("storage", FORMATS)
+def test_a_packed_base_trains_and_says_what_it_lost(base: api.Base, storage: str) -> None:
+    expected, _ = gradients(base, "fp32", seed=1)
+    found, lines = gradients(base, "fp32", seed=1, storage=storage)
+    assert len(lines) == 1 and lines[0].startswith(f"base_storage {storage}: ")
+    error = float((found - expected).norm() / expected.norm())
+    assert 0 < error < {"fp8": 0.3, "int8": 0.1, "nf4": 0.8}[storage]
+
+
+def test_a_packed_base_keeps_its_first_and_last_layers_whole(base: api.Base) -> None:
+    parts = base.load()
+    place(parts, resolve("fp32", CPU), owned=True, storage="nf4")
+    packed = {path.split(".")[0] for path, m in parts.denoiser.named_modules() if isinstance(m, Packed)}
+    assert packed == {"down_blocks", "mid_block", "up_blocks"}
+    assert not any(isinstance(m, Packed) for part in (parts.vae, parts.text_encoder) for m in part.modules())
+
+
+def test_a_visit_ends_where_it_began() -> None:
+    places: list[str] = []
+
+    class Traveller(nn.Linear):
+        def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+            places.append(fn(torch.empty(0, device="cpu")).device.type)
+            return self
+
+    module = Traveller(1, 1)
+    with pytest.raises(ValueError, match="inside"), visiting(module, torch.device("meta")):
+        assert places == ["meta"]
+        raise ValueError("inside")
+    assert places == ["meta", "cpu"]
+
+
+# ---- explicit half precision ----
+
+
+def gradients(base: api.Base, how: str, seed: int, storage: str = "as_is") -> tuple[torch.Tensor, list[str]]:
+    """Return all LoRA gradients of one batch, float64, and what `place` said.
+
+    ``how`` is a precision, fp64, or autocast: half weights and float32 norms under bf16 autocast.
+    """
+    parts, context, lines = base.load(), nullcontext(), []
+    if how == "fp64":
+        parts.denoiser.double()
+        parts.dtype = torch.float64
+    elif how == "autocast":
+        for module in parts.denoiser.modules():
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+                module.float()
+        context = torch.autocast("cpu", torch.bfloat16)  # type: ignore[assignment]
+    else:
+        lines = place(parts, resolve(how, CPU), owned=True, storage=storage)
+    settings = lora.Settings(8, 4.0, 8, 4.0, seed, text_encoder=False)
+    adapter = lora.inject(parts, settings, base.family.targets(parts, convolutions=True))
+    trained = adapter.parameters("denoiser")
+    rng = torch.Generator().manual_seed(seed)
+    for parameter in trained:  # up tensors start at zero, which would hide what down tensors get
+        if not parameter.any():
+            parameter.data.normal_(0, 0.02, generator=rng)
+    noisy, noise = (torch.randn(2, 4, 16, 16, generator=rng) for _ in range(2))
+    cond = torch.randn(2, 77, tiny.TEXT, generator=rng)
+    t = torch.randint(0, 1000, (2,), generator=rng)
+    with context:
+        pred = base.family.predict(parts, noisy, t, cond)
+    (pred.to(torch.float64 if how == "fp64" else torch.float32) - noise).square().mean().backward()
+    return torch.cat([p.grad.double().flatten() for p in trained if p.grad is not None]), lines
+
+
+def test_explicit_bf16_is_as_near_to_fp64_as_autocast(tmp_path: Path, tokenizer: Path) -> None:
+    errors: dict[str, float] = {"autocast": 0.0, "bf16": 0.0}
+    for seed in range(3):
+        file = tiny.write_checkpoint(tmp_path / f"{seed}.safetensors", seed=seed)
+        base = api.open_base(file, tokenizer=tokenizer)
+        exact, _ = gradients(base, "fp64", seed)
+        for how in errors:
+            errors[how] += float((gradients(base, how, seed)[0] - exact).norm() / exact.norm())
+    assert errors["bf16"] <= 1.25 * errors["autocast"], errors
+
+
+def test_fp16_computes_on_a_cpu(base: api.Base) -> None:
+    exact, _ = gradients(base, "fp64", seed=0)
+    found, _ = gradients(base, "fp16", seed=0)
+    assert float((found - exact).norm() / exact.norm()) < 0.05

@@ -225,7 +225,7 @@ def test_nan_in_the_last_step_reaches_no_file(
     real = loop.train_step
 
     def step(run: Any) -> Any:
-        result = real(run)
+        result = yield from real(run)
         if run.step == 4:
             with torch.no_grad():
                 run.parameters[-1].view(-1)[0] = math.nan

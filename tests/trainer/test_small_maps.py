@@ -30,6 +30,46 @@ def test_equal_to_the_plain_convolution(stride: int, bias: bool, size: tuple[int
     assert float((grads[1] - grads[0]).norm() / grads[0].norm()) < 1e-5
 
 
+@pytest.mark.parametrize("size", [(1, 4, 4), (2, 5, 4), (4, 2, 2)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_bf16_in_batches_too_and_as_exact_as_the_convolution(size: tuple[int, int, int], stride: int) -> None:
+    plain, fast = frozen(352, 320, stride).bfloat16(), frozen(352, 320, stride).bfloat16()
+    use_matrix_products(fast)
+    x = torch.randn(size[0], 352, *size[1:]).bfloat16()
+    exact = frozen(352, 320, stride).double()
+    exact.load_state_dict({k: v.double() for k, v in plain.state_dict().items()})
+    grad = torch.randn(exact(x.double()).shape).bfloat16()
+    results = []
+    for model in (exact, plain, fast):
+        dtype = next(model.parameters()).dtype
+        leaf = x.to(dtype).requires_grad_()
+        out = model(leaf)
+        results.append((out, torch.autograd.grad(out, leaf, grad.to(dtype))[0]))
+    for true, slow, quick in zip(*([r.detach() for r in pair] for pair in results), strict=True):
+        of_slow, of_quick = (float((r.double() - true).norm() / true.norm()) for r in (slow, quick))
+        assert of_quick < 1.6 * of_slow, "rounded twice at most: not at each of nine additions"
+
+
+def test_products_are_taken_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = frozen(352, 320)
+    use_matrix_products(model)
+    taken: list[tuple[int, ...]] = []
+    real = torch.nn.functional.unfold
+    monkeypatch.setattr(
+        torch.nn.functional, "unfold", lambda x, **options: taken.append(tuple(x.shape)) or real(x, **options)
+    )
+
+    def takes(batch: int, side: int, dtype: torch.dtype) -> bool:
+        taken.clear()
+        model.to(dtype)(torch.zeros(batch, 352, side, side, dtype=dtype))
+        return bool(taken)
+
+    assert takes(1, 8, torch.float32) and takes(1, 8, torch.bfloat16)
+    assert not takes(1, 9, torch.float32) and not takes(1, 9, torch.bfloat16)
+    assert not takes(4, 4, torch.float32), "in float32 the convolution shares its layout among images"
+    assert takes(4, 4, torch.bfloat16) and not takes(6, 4, torch.bfloat16)
+
+
 def test_the_weights_are_shared_and_keep_their_names() -> None:
     model = frozen(352, 320)
     before = {k: v.data_ptr() for k, v in model.state_dict().items()}

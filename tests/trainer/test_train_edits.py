@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -53,13 +54,13 @@ def digest_of(file: Path) -> str:
 def record_losses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Keep the arguments of every loss that is computed."""
     seen: list[tuple[Any, ...]] = []
-    real = run.diffusion_loss
+    real = run.diffusion_losses
 
     def recording(*args: Any) -> torch.Tensor:
         seen.append(args)
         return real(*args)
 
-    monkeypatch.setattr(run, "diffusion_loss", recording)
+    monkeypatch.setattr(run, "diffusion_losses", recording)
     return seen
 
 
@@ -212,8 +213,8 @@ def test_the_validation_loss_is_that_of_its_images(training: runs.Training, tmp_
     assert split.validation is not None
     made = inputs(training.base, split.validation, tmp_path / "cache")
     fed = made.draw(0, 0, Batch(split.validation.buckets[0], (0, 1), (False, False), (1.0, 1.0)))
-    config = runs.settings()
-    expected = run.micro_loss(training.base, made.parts, config, made, CPU, fed)
+    alone = [SimpleNamespace(base=training.base, parts=made.parts, config=runs.settings())]
+    expected = run.micro_losses(alone, made, fed)
     order = made.draw(0, 0, Batch(split.validation.buckets[0], (1, 0), (False, False), (1.0, 1.0)))
-    other = run.micro_loss(training.base, made.parts, config, made, CPU, order)
+    other = run.micro_losses(alone, made, order)
     assert event.loss in (pytest.approx(expected.item(), rel=1e-5), pytest.approx(other.item(), rel=1e-5))

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..engine import lowrank
+from ..engine.lowrank import Bank
 from ..errors import LoraGraftError, listed
 from ..objective import generator
 from ..parts import Parts, Target
@@ -32,64 +34,96 @@ class Settings:
     text_encoder: bool = True
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer with a low-rank update; also serves 1x1 convolutions through ``LoRAConv``."""
+@dataclass
+class Rows:
+    """Which runs the present batch belongs to, in equal slices: shared by all layers of a base model."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
+    active: tuple[int, ...] = (0,)
+
+
+class LowRank(nn.Module):
+    """The two trained tensors of one layer: float32, ``down`` (r, in, ...) and ``up`` (out, r, ...)."""
+
+    def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
         super().__init__()
-        self.base = base
-        self.scale = alpha / rank
-        device = base.weight.device
-        self.down = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
+        weight, kernel = base.weight, tuple(base.weight.shape[2:])
+        # The dtype is named, because a frozen layer of another storage has a weight of that.
+        self.down = nn.Parameter(torch.empty(rank, weight.shape[1], *kernel, device=weight.device))
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, *(1 for _ in kernel), device=weight.device))
+
+
+class _Layer(nn.Module):
+    """What both kinds of layer share: the frozen one, an adapter for each run or None, and who takes part."""
+
+    def __init__(self, base: nn.Module, runs: Sequence[LowRank | None], rows: Rows) -> None:
+        super().__init__()
+        self.base, self.rows = base, rows
+        self.runs = nn.ModuleList(runs)  # type: ignore[arg-type]
+        self.bank: Bank | None = None  # set where the layer runs as one function
+
+    @property
+    def lows(self) -> list[LowRank | None]:
+        """Each run's tensors, or None where it does not train this layer."""
+        return [cast("LowRank | None", low) for low in self.runs]
 
     @property
     def weight(self) -> torch.Tensor:
         """The frozen weight, for code that looks at a layer's weight."""
-        return self.base.weight
+        return cast(torch.Tensor, self.base.weight)
 
     @property
     def bias(self) -> torch.Tensor | None:
         """The frozen bias."""
         return cast("torch.Tensor | None", self.base.bias)
 
+    def _plain(self, x: torch.Tensor) -> torch.Tensor:
+        """Return base(x) with each slice's own update added to it."""
+        out: torch.Tensor = self.base(x)
+        x, active = x.to(out.dtype), self.rows.active
+        if len(active) == 1:
+            return self._add(out, x, active[0])
+        pieces = zip(out.chunk(len(active)), x.chunk(len(active)), active, strict=True)
+        return torch.cat([self._add(*piece) for piece in pieces])
+
+    def _add(self, out: torch.Tensor, x: torch.Tensor, row: int) -> torch.Tensor:
+        adapter = self.lows[row]
+        if adapter is None:
+            return out
+        hidden = self._product(x, adapter.down.to(out.dtype), first=True)
+        return out + self._product(hidden * adapter.scale, adapter.up.to(out.dtype), first=False)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, *, first: bool) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class LoRALinear(_Layer):
+    """A frozen linear layer with a low-rank update for each run."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out); the scale is applied at rank r, where it is cheapest."""
-        out: torch.Tensor = self.base(x)
-        return out + F.linear(
-            F.linear(x.to(out.dtype), self.down.to(out.dtype)) * self.scale, self.up.to(out.dtype)
-        )
+        if self.bank is None:
+            return self._plain(x)
+        return lowrank.linear(x, self.base, self.bank, self.rows.active)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, *, first: bool) -> torch.Tensor:
+        return F.linear(x, weight)
 
 
-class LoRAConv(nn.Module):
-    """A frozen convolution with a low-rank update: down has the kernel, up is 1x1."""
-
-    def __init__(self, base: nn.Conv2d, rank: int, alpha: float) -> None:
-        super().__init__()
-        self.base = base
-        self.scale = alpha / rank
-        device = base.weight.device
-        self.down = nn.Parameter(torch.empty(rank, base.in_channels, *base.kernel_size, device=device))
-        self.up = nn.Parameter(torch.zeros(base.out_channels, rank, 1, 1, device=device))
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The frozen weight."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The frozen bias."""
-        return self.base.bias
+class LoRAConv(_Layer):
+    """A frozen convolution (1x1 too) with a low-rank update for each run: down has the kernel, up is 1x1."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, in, H, W) -> (B, out, H', W')."""
-        out: torch.Tensor = self.base(x)
-        base = self.base
-        hidden = F.conv2d(
-            x.to(out.dtype), self.down.to(out.dtype), None, base.stride, base.padding, base.dilation
-        )
-        return out + F.conv2d(hidden * self.scale, self.up.to(out.dtype))
+        if self.bank is None:
+            return self._plain(x)
+        return lowrank.convolution(x, cast(nn.Conv2d, self.base), self.bank, self.rows.active)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, *, first: bool) -> torch.Tensor:
+        base = cast(nn.Conv2d, self.base)
+        if first:
+            return F.conv2d(x, weight, None, base.stride, base.padding, base.dilation)
+        return F.conv2d(x, weight)
 
 
 LoRAModule = LoRALinear | LoRAConv
@@ -97,94 +131,117 @@ LoRAModule = LoRALinear | LoRAConv
 
 @dataclass(frozen=True)
 class Adapted:
-    """One trained module and what a LoRA file calls it."""
+    """One trained module of a run: where it lies, what a LoRA file calls it, and the run's tensors in it."""
 
     target: Target
     module: LoRAModule
-    rank: int
-    alpha: float
+    low: LowRank
+
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return self.low.rank
+
+    @property
+    def alpha(self) -> float:
+        """The scale is alpha / rank."""
+        return self.low.alpha
 
 
 class Adapter:
-    """All trained modules of a run, in the family's order."""
+    """All trained modules of a run, in the family's order; ``row`` is its place among runs side by side."""
 
-    def __init__(self, modules: Sequence[Adapted]) -> None:
-        self.modules = tuple(modules)
+    def __init__(self, modules: Sequence[Adapted], rows: Rows, row: int = 0) -> None:
+        self.modules, self.rows, self.row = tuple(modules), rows, row
+
+    def select(self) -> None:
+        """Let the next batches be this run's alone."""
+        self.rows.active = (self.row,)
 
     def parameters(self, part: str) -> list[nn.Parameter]:
         """Return the trained tensors of one part ("denoiser" or "text_encoder"), in a fixed order."""
-        return [p for m in self.modules if m.target.part == part for p in (m.module.down, m.module.up)]
+        return [p for m in self.modules if m.target.part == part for p in (m.low.down, m.low.up)]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the LoRA under kohya's names (lora_down, lora_up, alpha), float32, on the CPU."""
         result: dict[str, torch.Tensor] = {}
         for m in self.modules:
             result[f"{m.target.key}.alpha"] = torch.tensor(float(m.alpha))
-            result[f"{m.target.key}.lora_down.weight"] = m.module.down.detach().float().cpu()
-            result[f"{m.target.key}.lora_up.weight"] = m.module.up.detach().float().cpu()
+            result[f"{m.target.key}.lora_down.weight"] = m.low.down.detach().float().cpu()
+            result[f"{m.target.key}.lora_up.weight"] = m.low.up.detach().float().cpu()
         return result
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take the trained tensors from ``state_dict``'s form; raises KeyError for a missing one."""
         with torch.no_grad():
             for m in self.modules:
-                m.module.down.copy_(tensors[f"{m.target.key}.lora_down.weight"])
-                m.module.up.copy_(tensors[f"{m.target.key}.lora_up.weight"])
+                m.low.down.copy_(tensors[f"{m.target.key}.lora_down.weight"])
+                m.low.up.copy_(tensors[f"{m.target.key}.lora_up.weight"])
 
 
 def inject(parts: Parts, settings: Settings, targets: Sequence[Target]) -> Adapter:
-    """Put a LoRA on every target; raises LG-RUN-001 when none is left to train.
+    """Put a LoRA on every target; raises LG-RUN-001 when none is left to train."""
+    return inject_side_by_side(parts, [(settings, targets)])[0]
+
+
+def inject_side_by_side(parts: Parts, runs: Sequence[tuple[Settings, Sequence[Target]]]) -> list[Adapter]:
+    """Put a LoRA of each run on the targets that this run trains; raises LG-RUN-001 when these are none.
 
     Down weights start uniform in +-1/sqrt(fan_in) (kaiming, a=sqrt(5)), each from its own generator,
     so that a module's start does not depend on which others are trained; up weights start at zero.
     """
-    wanted = {"denoiser": settings.denoiser, "text_encoder": settings.text_encoder}
-    roots: dict[str, nn.Module] = {"denoiser": parts.denoiser, "text_encoder": parts.text_encoder}
-    adapted = []
-    for target in targets:
-        if not wanted[target.part] or (target.kind == "conv" and settings.conv_dim is None):
+    for settings, targets in runs:
+        if not any(_shape(settings, target) for target in targets):
+            wanted = {"denoiser": settings.denoiser, "text_encoder": settings.text_encoder}
+            raise LoraGraftError(
+                "LG-RUN-001",
+                "The LoRA matches no module of the base model.",
+                where=f"{len(targets)} candidates; trained parts: {[k for k, v in wanted.items() if v]}",
+                why="nothing would be trained.",
+                fix="give unet_lr or text_encoder_lr a value above 0",
+            )
+    rows = Rows()
+    adapted: list[dict[Target, Adapted]] = [{} for _ in runs]
+    for target in dict.fromkeys(target for _, targets in runs for target in targets):
+        shapes = [_shape(settings, target) if target in own else None for settings, own in runs]
+        if not any(shapes):
             continue
-        rank, alpha = (
-            (settings.network_dim, settings.network_alpha)
-            if target.kind == "linear"
-            else (cast(int, settings.conv_dim), settings.conv_alpha)
-        )
-        adapted.append(_replace(roots[target.part], target, rank, alpha))
-        module = adapted[-1].module
-        bound = module.down[0].numel() ** -0.5
-        start = torch.rand(module.down.shape, generator=generator(settings.seed, "init", target.key))
-        module.down.data.copy_((start * 2 - 1) * bound)
-    if not adapted:
-        raise LoraGraftError(
-            "LG-RUN-001",
-            "The LoRA matches no module of the base model.",
-            where=f"{len(targets)} candidates; trained parts: {[k for k, v in wanted.items() if v]}",
-            why="nothing would be trained.",
-            fix="give unet_lr or text_encoder_lr a value above 0",
-        )
-    return Adapter(adapted)
+        base = _find(parts, target)
+        lows = [LowRank(base, *shape) if shape else None for shape in shapes]
+        module = _replace(parts, target, lows, rows)
+        for (settings, _), low, mine in zip(runs, lows, adapted, strict=True):
+            if low is None:
+                continue
+            bound = low.down[0].numel() ** -0.5
+            start = torch.rand(low.down.shape, generator=generator(settings.seed, "init", target.key))
+            low.down.data.copy_((start * 2 - 1) * bound)
+            mine[target] = Adapted(target, module, low)
+    return [
+        Adapter([mine[target] for target in own if target in mine], rows, number)
+        for number, (mine, (_, own)) in enumerate(zip(adapted, runs, strict=True))
+    ]
 
 
 def attach(parts: Parts, tensors: Mapping[str, torch.Tensor], targets: Sequence[Target]) -> Adapter:
     """Put a saved LoRA on the modules it names; raises LG-SAVE-006 if a tensor fits no module."""
-    roots: dict[str, nn.Module] = {"denoiser": parts.denoiser, "text_encoder": parts.text_encoder}
     used: set[str] = set()
     adapted = []
+    rows = Rows()
     for target in targets:
         names = [f"{target.key}.{n}" for n in ("lora_down.weight", "lora_up.weight", "alpha")]
         if not all(name in tensors for name in names):
             continue
         down, up, alpha = (tensors[name] for name in names)
-        adapted.append(_replace(roots[target.part], target, down.shape[0], float(alpha)))
-        module = adapted[-1].module
-        if module.down.shape != down.shape or module.up.shape != up.shape:
+        low = LowRank(_find(parts, target), down.shape[0], float(alpha))
+        adapted.append(Adapted(target, _replace(parts, target, [low], rows), low))
+        if low.down.shape != down.shape or low.up.shape != up.shape:
             continue  # left unused, so named below
-        module.down.data.copy_(down)
-        module.up.data.copy_(up)
+        low.down.data.copy_(down)
+        low.up.data.copy_(up)
         used.update(names)
     unused = [name for name in tensors if name not in used]
     if unused:
-        remove(parts, Adapter(adapted))
+        remove(parts, Adapter(adapted, rows))
         raise LoraGraftError(
             "LG-SAVE-006",
             f"{len(unused)} of the LoRA's {len(tensors)} tensors fit no module of this base model.",
@@ -192,28 +249,50 @@ def attach(parts: Parts, tensors: Mapping[str, torch.Tensor], targets: Sequence[
             why="they would have no effect.",
             fix="use the base model that the LoRA was trained on, or one of the same architecture",
         )
-    return Adapter(adapted)
+    return Adapter(adapted, rows)
 
 
 def set_strength(adapter: Adapter, strength: float) -> None:
     """Multiply the LoRA's effect by ``strength``; 0 is the base model."""
     for m in adapter.modules:
-        m.module.scale = m.alpha / m.rank * strength
-
-
-def _replace(root: nn.Module, target: Target, rank: int, alpha: float) -> Adapted:
-    parent_path, _, name = target.path.rpartition(".")
-    parent = root.get_submodule(parent_path)
-    base = getattr(parent, name)
-    kind = LoRALinear if isinstance(base, nn.Linear) else LoRAConv
-    module: LoRAModule = kind(base, rank, alpha)
-    setattr(parent, name, module)
-    return Adapted(target, module, rank, alpha)
+        m.low.scale = m.alpha / m.rank * strength
 
 
 def remove(parts: Parts, adapter: Adapter) -> None:
     """Put the frozen modules back in their places."""
-    roots: dict[str, nn.Module] = {"denoiser": parts.denoiser, "text_encoder": parts.text_encoder}
     for m in adapter.modules:
-        parent_path, _, name = m.target.path.rpartition(".")
-        setattr(roots[m.target.part].get_submodule(parent_path), name, m.module.base)
+        parent, name = _place(parts, m.target)
+        setattr(parent, name, m.module.base)
+        if hasattr(parent, "grouped_qkv"):
+            del parent.grouped_qkv
+
+
+def _shape(settings: Settings, target: Target) -> tuple[int, float] | None:
+    """Return rank and alpha of a target, or None where the settings leave it out."""
+    wanted = {"denoiser": settings.denoiser, "text_encoder": settings.text_encoder}
+    if not wanted[target.part]:
+        return None
+    if target.kind == "linear":
+        return settings.network_dim, settings.network_alpha
+    return None if settings.conv_dim is None else (settings.conv_dim, settings.conv_alpha)
+
+
+def _place(parts: Parts, target: Target) -> tuple[nn.Module, str]:
+    """Return a target's parent and its name in there."""
+    roots: dict[str, nn.Module] = {"denoiser": parts.denoiser, "text_encoder": parts.text_encoder}
+    parent, _, name = target.path.rpartition(".")
+    return roots[target.part].get_submodule(parent), name
+
+
+def _find(parts: Parts, target: Target) -> nn.Linear | nn.Conv2d:
+    parent, name = _place(parts, target)
+    return cast("nn.Linear | nn.Conv2d", getattr(parent, name))
+
+
+def _replace(parts: Parts, target: Target, lows: Sequence[LowRank | None], rows: Rows) -> LoRAModule:
+    parent, name = _place(parts, target)
+    base = getattr(parent, name)
+    layer = LoRALinear if base.weight.ndim == 2 else LoRAConv
+    module: LoRAModule = layer(base, lows, rows)
+    setattr(parent, name, module)
+    return module

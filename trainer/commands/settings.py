@@ -12,6 +12,7 @@ from typing import Any
 from .. import api
 from ..config import DatasetConfig, TrainConfig, info_of
 from ..errors import LoraGraftError
+from ..literals import literal
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,6 +21,7 @@ else:  # pragma: no cover - the same parser under its older name
 
 # Settings of the command line that are no training settings, with kohya's names where it has them.
 PLACES = {"pretrained_model_name_or_path": "base model", "train_data_dir": "image folder"}
+SWEEP = "sweep"  # the table of a config file that holds values to try instead of settings
 
 
 def read_settings(arguments: argparse.Namespace, *places: str) -> tuple[dict[str, Any], list[str]]:
@@ -29,18 +31,8 @@ def read_settings(arguments: argparse.Namespace, *places: str) -> tuple[dict[str
     needed. Raises LG-CLI-001 and LG-CLI-002.
     """
     settings: dict[str, Any] = {}
-    if arguments.config:
-        try:
-            loaded = tomllib.loads(Path(arguments.config).read_text(encoding="utf-8-sig"))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise LoraGraftError(
-                "LG-CLI-001",
-                "The config file cannot be read.",
-                where=str(arguments.config),
-                why=str(error),
-                fix="check the path and the TOML at the named line; the file must be UTF-8",
-            ) from None
-        for key, value in loaded.items():
+    for key, value in read_config_file(arguments).items():
+        if key != SWEEP:
             settings.update(value if isinstance(value, dict) else {key: value})
     flags = config_flags()
     settings.update({k: v for k, v in vars(arguments).items() if k in flags and v is not None})
@@ -57,6 +49,22 @@ def read_settings(arguments: argparse.Namespace, *places: str) -> tuple[dict[str
                 fix=f"add --{key} PATH, or 'demo' for the embedded one",
             )
     return settings, [str(given[key]) for key in places]
+
+
+def read_config_file(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what is in the file that --config names, as it is there; {} without one. Raises LG-CLI-001."""
+    if not arguments.config:
+        return {}
+    try:
+        return tomllib.loads(Path(arguments.config).read_text(encoding="utf-8-sig"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise LoraGraftError(
+            "LG-CLI-001",
+            "The config file cannot be read.",
+            where=str(arguments.config),
+            why=str(error),
+            fix="check the path and the TOML at the named line; the file must be UTF-8",
+        ) from None
 
 
 def config_flags() -> dict[str, tuple[type, Any]]:
@@ -82,18 +90,6 @@ def add_config_flags(command: argparse.ArgumentParser, *classes: type) -> None:
             help=info.help.replace("%", "%%")
             + (f" One of: {', '.join(info.choices)}." if info.choices else ""),
         )
-
-
-def literal(text: str) -> Any:
-    """Read a flag's value as TOML does (512, 1e-4, true, [512, 768]), or as a number (.5), else as text."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def add_base_flags(command: argparse.ArgumentParser, *, required: bool) -> None:

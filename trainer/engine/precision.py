@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import LoraGraftError, one_line
 from ..parts import Parts
+from .frozen import freeze
 
+# A denoiser's first and last layers and its embedding of time: small, and all else passes through them.
+KEPT_WHOLE = frozenset(
+    {"conv_in", "conv_out", "time_embedding", "add_embedding", "x_embedder", "context_embedder"}
+    | {"time_text_embed", "norm_out", "proj_out"}
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -33,12 +34,6 @@ class Precision:
     def dtype(self) -> torch.dtype:
         """The dtype of the base's arithmetic."""
         return DTYPES[self.name]
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """Return the context in which the forward pass runs."""
-        if self.name == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def scaler(self) -> torch.amp.GradScaler:
         """Return the loss scaler: fp16 gradients underflow without one; the others pass through."""
@@ -107,35 +102,44 @@ def strict(wanted: bool) -> Iterator[None]:
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
 
 
-def place(parts: Parts, precision: Precision) -> None:
-    """Move the modules to the device in the run's storage; tensors already right stay shared, not copied.
+def place(
+    parts: Parts,
+    precision: Precision,
+    *,
+    owned: bool = False,
+    storage: str = "as_is",
+    text_at_every_step: bool = True,
+) -> list[str]:
+    """Bring the modules to the device, ready to compute in the run's dtype; return lines for the log.
 
-    In fp32 runs half weights are upcast. In half runs the weights keep their storage, autocast casts
-    per layer, and only the norms' few parameters are upcast, because a CPU's norms refuse other
-    mixtures. The VAE always works in fp32, because fp16 overflows in SD1.x's.
+    A weight that nobody else holds (``owned``), or that has to be copied to the device anyway, is
+    converted once; on a CPU all are, because casts there cost as much as a step's arithmetic. One that
+    a host shares stays as it is, and its layer casts it at each use. So do layers that no step uses,
+    which stay where they are too, see `visiting`: the VAE's, in float32 because fp16 overflows in
+    SD1.x's, and the text encoder's unless ``text_at_every_step``. A ``storage`` other than "as_is"
+    packs the denoiser.
     """
-    dtype = torch.float32 if precision.name == "fp32" else None
-    for part in (parts.denoiser, parts.text_encoder):
-        nn.Module.to(
-            part, device=precision.device, dtype=dtype
-        )  # diffusers' own `to` warns about nothing here
-        for module in part.modules():
-            if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-                module.float()
-    nn.Module.to(parts.vae, device=precision.device, dtype=torch.float32)
+    device, dtype = torch.empty(0, device=precision.device).device, precision.dtype  # cuda is cuda:0 here
+
+    def shared(weight: torch.Tensor) -> bool:
+        return not owned and device.type != "cpu" and weight.device == device
+
+    done = freeze(parts.denoiser, dtype, device, storage=storage, skip=KEPT_WHOLE, keeps=shared)
+    if text_at_every_step:
+        freeze(parts.text_encoder, dtype, device, keeps=shared)
+    else:
+        freeze(parts.text_encoder, dtype, None)
+    freeze(parts.vae, torch.float32, None)
+    parts.dtype = dtype
+    return [done.line] if done.line else []
 
 
-def enable_gradient_checkpointing(parts: Parts, *, denoiser: bool, text_encoder: bool) -> None:
-    """Switch gradient checkpointing on for the trained parts (non-reentrant: inputs need no gradient).
-
-    Nothing in them is random, so the generators' state is not kept: reading it cannot be captured.
-    """
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if denoiser:
-        switch = cast(Callable[..., None], parts.denoiser.enable_gradient_checkpointing)
-        # diffusers before 0.33 takes no function; there such runs are not captured.
-        switch(*([partial(checkpoint, **options)] if inspect.signature(switch).parameters else []))
-        parts.denoiser.train()
-    if text_encoder:
-        parts.text_encoder.gradient_checkpointing_enable(options)  # type: ignore[operator]
-        parts.text_encoder.train()
+@contextlib.contextmanager
+def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have a module on ``device`` for a while; then it goes back to where it was."""
+    home = next(module.parameters()).device
+    nn.Module.to(module, device)  # diffusers' own `to` warns about nothing here
+    try:
+        yield
+    finally:
+        nn.Module.to(module, home)

@@ -24,7 +24,7 @@ class Family(Protocol):
     def detect(self, keys: Sequence[str]) -> bool:
         """Say whether single-file keys belong to this family."""
 
-    def split(self, weights: Tensors) -> dict[str, dict[str, torch.Tensor]]:
+    def split(self, weights: Tensors) -> dict[str, Tensors]:
         """Sort single-file weights into diffusers-named state dicts of the three parts (views)."""
 
     def load(self, state_dicts: Mapping[str, Tensors], tokenizer: Any) -> Parts:

@@ -7,19 +7,19 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..errors import LoraGraftError, listed
 from ..parts import Parts
 from ..safefile import tensor_bytes
 from . import FAMILIES, detect
-from .base import Family
+from .base import Family, Tensors
+from .weights import FileWeights, Renamed, joined
 
 TRAINABLE = (torch.float32, torch.float16, torch.bfloat16)
 FOLDERS = {"denoiser": "unet", "vae": "vae", "text_encoder": "text_encoder"}
@@ -32,15 +32,17 @@ CLIP_HUB_NAME = "openai/clip-vit-large-patch14"
 class Base:
     """An opened base model; nothing is moved or copied until ``load``.
 
-    ``state_dicts`` maps denoiser, vae and text_encoder to diffusers-named tensors, which may be views on
-    a file's pages or a host's weights and are never written to. ``name`` is free of folders.
+    ``state_dicts`` maps denoiser, vae and text_encoder to diffusers-named tensors, which are views on a
+    host's weights, or on a file's pages, each mapped when asked for; they are never written to. ``owned``
+    says that nobody else holds what is loaded. ``name`` is free of folders.
     """
 
     family: Family
     name: str
-    state_dicts: dict[str, dict[str, torch.Tensor]]
+    state_dicts: Mapping[str, Tensors]
     tokenizer_folder: str
     known_hash: str | None = None
+    owned: bool = False
 
     @cached_property
     def weights_hash(self) -> str:
@@ -63,27 +65,33 @@ def open_file(
     _refuse_other_formats(path)
     weights = _read_file(path, where=path.name)
     folder = find_tokenizer(tokenizer, allow_download=allow_download)
-    return open_weights(weights, name=name or path.stem, tokenizer=folder, where=path.name)
+    family, state_dicts = _sorted(weights, where=path.name)
+    return Base(family, name or path.stem, state_dicts, folder, owned=True)
 
 
 def open_folder(
     path: Path, *, tokenizer: Path | None, name: str | None = None, allow_download: bool = False
 ) -> Base:
     """Open a diffusers folder (unet/, vae/, text_encoder/, tokenizer/) of safetensors files."""
-    state_dicts = {part: _read_folder(path / folder) for part, folder in FOLDERS.items()}
-    text = state_dicts["text_encoder"]
-    state_dicts["text_encoder"] = {
-        k if k.startswith("text_model.") else f"text_model.{k}": v
-        for k, v in text.items()
-        if not k.endswith("position_ids")  # integers, which the module makes for itself
+    unet, vae, text = (_read_folder(path / FOLDERS[part]) for part in ("denoiser", "vae", "text_encoder"))
+    new_vae = {_new_vae_name(k): k for k in vae}
+    state_dicts = {
+        "denoiser": unet,
+        "vae": Renamed(vae, new_vae, frozenset(k for k, old in new_vae.items() if _is_old(old, vae))),
+        "text_encoder": Renamed(
+            text,
+            {
+                k if k.startswith("text_model.") else f"text_model.{k}": k
+                for k in text
+                if not k.endswith("position_ids")  # integers, which the module makes for itself
+            },
+        ),
     }
     for part, sd in state_dicts.items():
         _refuse_untrainable(sd, where=f"{path.name}/{FOLDERS[part]}")
-    vae = {_new_vae_name(k): v for k, v in state_dicts["vae"].items()}
-    state_dicts["vae"] = {k: v.reshape(v.shape[:2]) if _is_old_attention(k, v) else v for k, v in vae.items()}
     inside = path / "tokenizer"
     folder = find_tokenizer(tokenizer or (inside if inside.is_dir() else None), allow_download=allow_download)
-    return Base(FAMILIES["sd15"], name or path.name, state_dicts, folder)
+    return Base(FAMILIES["sd15"], name or path.name, state_dicts, folder, owned=True)
 
 
 def open_weights(
@@ -95,12 +103,17 @@ def open_weights(
     known_hash: str | None = None,
 ) -> Base:
     """Open a base model from tensors under single-file names; they are shared, never written to."""
+    family, state_dicts = _sorted({k: _view(v) for k, v in weights.items()}, where=where)
+    return Base(family, name, state_dicts, tokenizer, known_hash)
+
+
+def _sorted(weights: Tensors, *, where: str) -> tuple[Family, dict[str, Tensors]]:
+    """Return the family of weights under single-file names, and its parts' state dicts."""
     family = detect(list(weights), where=where)
-    plain = {k: _view(v) for k, v in weights.items()}
-    state_dicts = family.split(plain)
+    state_dicts = family.split(weights)
     for part in state_dicts.values():
         _refuse_untrainable(part, where=where)
-    return Base(family, name, state_dicts, tokenizer, known_hash)
+    return family, state_dicts
 
 
 def _view(weight: torch.Tensor) -> torch.Tensor:
@@ -166,11 +179,11 @@ def load_tokenizer(folder: str) -> Any:
         ) from error
 
 
-def _hash(state_dicts: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
+def _hash(state_dicts: Mapping[str, Tensors]) -> str:
     """Return one 20-digit hash a part, joined by '-', over names, shapes and values as float32."""
 
-    def of_tensor(item: tuple[str, torch.Tensor]) -> bytes:
-        name, tensor = item
+    def of_tensor(state_dict: Tensors, name: str) -> bytes:
+        tensor = state_dict[name]
         values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
         return hashlib.sha256(
             f"{name}{tuple(tensor.shape)}".encode() + hashlib.sha256(tensor_bytes(values)).digest()
@@ -178,13 +191,13 @@ def _hash(state_dicts: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         digests = (
-            hashlib.sha256(b"".join(pool.map(of_tensor, sorted(state_dicts[part].items())))).hexdigest()[:20]
-            for part in FOLDERS
+            hashlib.sha256(b"".join(pool.map(partial(of_tensor, sd), sorted(sd)))).hexdigest()[:20]
+            for sd in (state_dicts[part] for part in FOLDERS)
         )
         return "-".join(digests)
 
 
-def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
+def _read_folder(folder: Path) -> Tensors:
     files = sorted(folder.glob("*.safetensors"))
     # a folder may hold the same weights twice, in full and in half precision
     whole = [f for f in files if ".fp16" not in f.name and ".non_ema" not in f.name] or files
@@ -196,16 +209,13 @@ def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
             why="only .safetensors weights are read: other formats can run code when they are opened.",
             fix="save the model again with safe_serialization, or name a single .safetensors checkpoint",
         )
-    weights: dict[str, torch.Tensor] = {}
-    for file in whole:
-        weights.update(_read_file(file, where=f"{folder.name}/{file.name}"))
-    return weights
+    return joined([_read_file(file, where=f"{folder.name}/{file.name}") for file in whole])
 
 
-def _read_file(path: Path, *, where: str) -> dict[str, torch.Tensor]:
+def _read_file(path: Path, *, where: str) -> FileWeights:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return FileWeights(path)
+    except (SafetensorError, OSError, TypeError) as error:
         raise LoraGraftError(
             "LG-BASE-001",
             f"The base model '{where}' cannot be read.",
@@ -239,7 +249,7 @@ def _refuse_other_formats(path: Path) -> None:
         )
 
 
-def _refuse_untrainable(weights: Mapping[str, torch.Tensor], *, where: str) -> None:
+def _refuse_untrainable(weights: Tensors, *, where: str) -> None:
     wrong = sorted(
         {str(v.dtype).removeprefix("torch.") for v in weights.values() if v.dtype not in TRAINABLE}
     )
@@ -262,5 +272,6 @@ def _new_vae_name(key: str) -> str:
     return key
 
 
-def _is_old_attention(key: str, value: torch.Tensor) -> bool:
-    return ".attentions." in key and value.ndim == 4
+def _is_old(key: str, vae: Tensors) -> bool:
+    """Say whether this is an attention's matrix stored as a 1x1 kernel."""
+    return ".attentions." in key and vae[key].ndim == 4

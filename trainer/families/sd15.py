@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..engine.precision import visiting
 from ..errors import LoraGraftError, listed
 from ..objective import NoiseSchedule, generator
 from ..parts import Parts, Target
@@ -26,6 +27,7 @@ from .ldm_keys import (
     unet_to_diffusers,
     vae_to_diffusers,
 )
+from .weights import Renamed
 
 SCALING_FACTOR = 0.18215
 NUM_HEADS = 8  # of every attention in SD1.x; not visible in the weights
@@ -61,18 +63,20 @@ class SD15:
             and UNET_PREFIX + "label_emb.0.0.weight" not in names
         )
 
-    def split(self, weights: Tensors) -> dict[str, dict[str, torch.Tensor]]:
+    def split(self, weights: Tensors) -> dict[str, Tensors]:
         """Sort single-file weights into diffusers-named state dicts of the three parts (views)."""
-        unet = {k[len(UNET_PREFIX) :]: v for k, v in weights.items() if k.startswith(UNET_PREFIX)}
-        vae = {k[len(VAE_PREFIX) :]: v for k, v in weights.items() if k.startswith(VAE_PREFIX)}
-        text = {k[len(TEXT_PREFIX) :]: v for k, v in weights.items() if k.startswith(TEXT_PREFIX)}
+
+        def below(prefix: str) -> list[str]:
+            return [k[len(prefix) :] for k in weights if k.startswith(prefix)]
+
+        unet = {new: UNET_PREFIX + old for new, old in unet_to_diffusers(below(UNET_PREFIX)).items()}
+        vae = {new: VAE_PREFIX + old for new, old in vae_to_diffusers(below(VAE_PREFIX)).items()}
+        text = {k: TEXT_PREFIX + k for k in below(TEXT_PREFIX) if not k.endswith("position_ids")}
+        matrices = frozenset(new for new, old in vae.items() if is_vae_attention_weight(old))
         return {
-            "denoiser": {new: unet[old] for new, old in unet_to_diffusers(unet).items()},
-            "vae": {
-                new: vae[old].squeeze(-1).squeeze(-1) if is_vae_attention_weight(old) else vae[old]
-                for new, old in vae_to_diffusers(vae).items()
-            },
-            "text_encoder": {k: v for k, v in text.items() if not k.endswith("position_ids")},
+            "denoiser": Renamed(weights, unet),
+            "vae": Renamed(weights, vae, matrices),
+            "text_encoder": Renamed(weights, text),
         }
 
     def load(self, state_dicts: Mapping[str, Tensors], tokenizer: Any) -> Parts:
@@ -107,8 +111,7 @@ class SD15:
 
     def encode_images(self, parts: Parts, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Encode pixels (B, 3, H, W) in [-1, 1] into mean and std of their latents, float32, unscaled."""
-        vae = cast(Any, parts.vae)
-        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+        posterior = cast(Any, parts.vae).encode(pixels.float()).latent_dist
         return {"mean": posterior.mean.float(), "std": posterior.std.float()}
 
     def latents(self, moments: Tensors, noise: torch.Tensor) -> torch.Tensor:
@@ -153,6 +156,7 @@ class SD15:
 
     def predict(self, parts: Parts, noisy: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """Return the predicted noise for noisy latents at integer timesteps t (B,)."""
+        noisy, cond = noisy.to(parts.dtype), cond.to(parts.dtype)
         return cast(torch.Tensor, parts.denoiser(noisy, t, encoder_hidden_states=cond, return_dict=False)[0])
 
     def targets(self, parts: Parts, *, convolutions: bool) -> list[Target]:
@@ -182,7 +186,8 @@ class SD15:
         longest = max(len(parts.tokenizer(p).input_ids) - 2 for p in (*prompts, negative))
         texts = [negative] * len(prompts) + list(prompts)
         ids = self.tokenize(parts, texts, max(1, -(-longest // CHUNK)) * CHUNK).to(device)
-        cond = self.encode_text(parts, ids, clip_skip)
+        with visiting(parts.text_encoder, device):
+            cond = self.encode_text(parts, ids, clip_skip)
         t = torch.linspace(self.schedule.num_timesteps - 1, 0, steps).round().long()
         sigmas = torch.cat([self.schedule.sigmas[t], torch.zeros(1)]).to(device)
         shape = (4, size[0] // 8, size[1] // 8)
@@ -193,9 +198,8 @@ class SD15:
             both = self.predict(parts, scaled, t[i].to(device).expand(len(scaled)), cond)
             eps_negative, eps = both.float().chunk(2)
             x = x + (eps_negative + cfg * (eps - eps_negative)) * (sigmas[i + 1] - sigmas[i])
-        vae = cast(Any, parts.vae).to(device)
-        with torch.autocast(device.type, enabled=False):  # fp16 overflows in SD1.x's VAE
-            pixels = vae.decode((x / SCALING_FACTOR).to(vae.dtype), return_dict=False)[0].float()
+        with visiting(parts.vae, device):
+            pixels = cast(Any, parts.vae).decode(x / SCALING_FACTOR, return_dict=False)[0].float()
         levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
         return [Image.fromarray(image.numpy()) for image in levels.cpu()]
 

@@ -1,0 +1,650 @@
+"""Attention backends: one function in three forms, the processor that calls them, and the choice of one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loragraft.trainer.engine import attention, attention_choice
+from loragraft.trainer.engine.attention import BACKENDS, Processor, restore_attention, use_attention
+from loragraft.trainer.engine.attention_choice import Choice, Shape, choose, largest_shapes, measured_ms
+from loragraft.trainer.engine.precision import enable_gradient_checkpointing
+from loragraft.trainer.errors import LoraGraftError
+from loragraft.trainer.parts import Parts
+from loragraft_tests.fuzz import cases
+from loragraft_tests.trainer import tiny
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+OTHERS = ("sdpa", "xformers")
+SHAPES = (Shape(1, 8, 64, 64, 40), Shape(1, 8, 64, 77, 40))
+
+
+def efficient(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_bias: torch.Tensor | None = None,
+    p: float = 0.0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """xformers' formula in its layout (B, L, heads, D), with its refusals: one dtype, aligned full biases."""
+    assert query.dtype == key.dtype == value.dtype
+    assert all(x.stride(-1) == 1 for x in (query, key, value))
+    scores = torch.einsum("blhd,bshd->bhls", query * (scale or query.shape[-1] ** -0.5), key)
+    if attn_bias is not None:
+        assert attn_bias.dtype == query.dtype
+        assert attn_bias.shape == scores.shape
+        assert all(stride % 8 == 0 for stride in attn_bias.stride()[:-1])
+        scores = scores + attn_bias
+    return torch.einsum("bhls,bshd->blhd", scores.softmax(-1), value)
+
+
+@contextlib.contextmanager
+def fake_xformers(function: Callable[..., torch.Tensor] = efficient) -> Iterator[None]:
+    """Put an xformers into the process whose attention is ``function``."""
+    package, ops = ModuleType("xformers"), ModuleType("xformers.ops")
+    package.__spec__, package.__path__ = ModuleSpec("xformers", None, is_package=True), []
+    ops.memory_efficient_attention = function  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "xformers", package)
+        patch.setitem(sys.modules, "xformers.ops", ops)
+        yield
+
+
+@pytest.fixture
+def xformers() -> Iterator[None]:
+    """Return with a working fake of xformers in the process."""
+    with fake_xformers():
+        yield
+
+
+@pytest.fixture
+def no_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process find no xformers, whatever is installed."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        attention_choice, "find_spec", lambda name: None if name == "xformers" else real(name)
+    )
+
+
+def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the relative L2 distance."""
+    return float((value - reference).norm() / reference.norm().clamp_min(1e-30))
+
+
+def drawn(shape: Shape, dtype: torch.dtype, masked: bool, seed: int = 0) -> tuple[list[torch.Tensor], Any]:
+    """Return q, k, v and the output's gradient in the processor's layout, and a mask or None."""
+    numbers = torch.Generator().manual_seed(seed)
+    tensors = [
+        torch.randn(shape.batch, n, shape.heads, shape.dim, generator=numbers, dtype=dtype).transpose(1, 2)
+        for n in (shape.queries, shape.keys, shape.keys, shape.queries)
+    ]
+    hidden = torch.rand(shape.batch, shape.heads, 1, shape.keys, generator=numbers) < 0.3
+    hidden[..., 0] = False  # where all keys are hidden, -10000 swallows the scores' digits
+    return tensors, hidden.to(dtype) * -10000.0 if masked else None
+
+
+def with_gradients(name: str, tensors: Sequence[torch.Tensor], mask: Any) -> list[torch.Tensor]:
+    """Return a backend's output and the gradients of q, k and v."""
+    *qkv, grad = [x.detach() for x in tensors]
+    qkv = [x.requires_grad_() for x in qkv]
+    out = BACKENDS[name](*qkv, mask)  # type: ignore[call-arg]
+    return [out.detach(), *torch.autograd.grad(out, qkv, grad)]
+
+
+@given(
+    shape=st.builds(
+        Shape,
+        st.sampled_from([1, 3]),
+        st.integers(1, 4),
+        st.integers(1, 33),
+        st.integers(1, 19),
+        st.sampled_from([1, 4, 5, 8, 40]),
+    ),
+    is_self=st.booleans(),
+    masked=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@hypothesis_settings(max_examples=cases(400), deadline=None)
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_a_backend_is_the_plain_one(
+    name: str, dtype: torch.dtype, bound: float, shape: Shape, is_self: bool, masked: bool, seed: int
+) -> None:
+    shape = shape._replace(keys=shape.queries) if is_self else shape
+    tensors, mask = drawn(shape, dtype, masked, seed)
+    with fake_xformers():
+        found = with_gradients(name, tensors, mask)
+    expected = with_gradients("plain", tensors, mask)
+    # Gradients may vanish (one key: the weights are 1 whatever q is), so each is measured on all of them.
+    assert relative(found[0], expected[0]) < bound
+    assert (
+        relative(torch.cat([x.flatten() for x in found]), torch.cat([x.flatten() for x in expected])) < bound
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_plain_one_is_the_formula(masked: bool) -> None:
+    (q, k, v, _), mask = drawn(Shape(2, 3, 5, 7, 4), torch.float64, masked)
+    out = BACKENDS["plain"](q, k, v, mask)
+    for b in range(2):
+        for h in range(3):
+            for i in range(5):
+                scores = (k[b, h] * q[b, h, i]).sum(1) / 2 + (0 if mask is None else mask[b, h, 0])
+                weights = scores.exp() / scores.exp().sum()
+                torch.testing.assert_close(out[b, h, i], (weights[:, None] * v[b, h]).sum(0))
+
+
+def test_the_plain_one_does_not_overflow_in_fp16() -> None:
+    """The scores are 14,400 each, but 256 * 30 * 30 * 1 before the scale is 230,400: infinite in fp16."""
+    q, k = (torch.full((1, 1, n, 256), 30.0, dtype=torch.float16) for n in (1, 5))
+    out = BACKENDS["plain"](q, k, torch.ones(1, 1, 5, 1, dtype=torch.float16), None)
+    assert out.dtype == torch.float16
+    assert out.item() == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_plain_one_takes_its_softmax_in_float32_at_least(dtype: torch.dtype) -> None:
+    (q, k, v, _), mask = drawn(SHAPES[0], dtype, True)
+    seen = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func.overloadpacket.__name__ == "_softmax":
+                seen.append(out.dtype)
+            return out
+
+    with Watched():
+        assert BACKENDS["plain"](q, k, v, mask).dtype == dtype
+    assert seen == [torch.float64 if dtype == torch.float64 else torch.float32]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradients_are_the_numerical_ones(name: str, masked: bool, xformers: None) -> None:
+    (q, k, v, _), mask = drawn(Shape(2, 2, 3, 5, 4), torch.float64, masked)
+    inputs = [x.contiguous().requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(lambda *x: BACKENDS[name](*x, mask), inputs)  # type: ignore[call-arg]
+
+
+def test_xformers_gets_one_dtype(xformers: None) -> None:
+    (q, k, v, _), mask = drawn(Shape(1, 2, 5, 7, 8), torch.float32, True)
+    out = BACKENDS["xformers"](q, k, v.bfloat16(), mask)
+    assert out.dtype == torch.bfloat16
+
+
+def unet() -> nn.Module:
+    """Return the tiny random U-Net, frozen, with its LoRA-to-be modules as they are."""
+    return tiny.random_modules()[0].requires_grad_(False)
+
+
+class Updated(nn.Module):
+    """A frozen linear layer with a low-rank update, as an adapter puts in the layer's place."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.randn(4, base.in_features) * 0.1)
+        self.up = nn.Parameter(torch.randn(base.out_features, 4) * 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.base(x)
+        return out + F.linear(F.linear(x.to(out.dtype), self.down.to(out.dtype)), self.up.to(out.dtype))
+
+
+def with_lora(model: nn.Module) -> list[nn.Parameter]:
+    """Put a moved LoRA on all attention projections; return its tensors."""
+    torch.manual_seed(5)
+    parameters = []
+    for module in [m for m in model.modules() if isinstance(m, Attention)]:
+        for parent, name in ((module, "to_q"), (module, "to_k"), (module, "to_v"), (module.to_out, "0")):
+            trained = Updated(getattr(parent, name))
+            setattr(parent, name, trained)
+            parameters += [trained.down, trained.up]
+    return parameters
+
+
+def stepped(
+    model: nn.Module, parameters: Sequence[nn.Parameter], dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
+    """Return the output for a fixed input, and the gradients of input, text and parameters."""
+    numbers = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 4, 10, 6, generator=numbers).requires_grad_()
+    text = torch.randn(2, 7, tiny.TEXT, generator=numbers).requires_grad_()
+    half = contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
+    with half:
+        out = model(x, torch.tensor([5, 700]), encoder_hidden_states=text, return_dict=False)[0]
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), [x, text, *parameters])]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("lora", [False, True])
+def test_sdpa_gives_the_bits_of_diffusers(lora: bool, dtype: torch.dtype | None) -> None:
+    model = unet()
+    parameters = with_lora(model) if lora else []
+    expected = stepped(model, parameters, dtype)
+    assert use_attention(model, "sdpa") == (12, None)
+    found = stepped(model, parameters, dtype)
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_unet_computes_the_same_with_each(name: str, xformers: None) -> None:
+    model = unet()
+    parameters = with_lora(model)
+    expected = stepped(model, parameters)
+    use_attention(model, name)
+    found = stepped(model, parameters)
+    assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < 1e-5
+    assert name == "sdpa" or not torch.equal(found[0], expected[0])  # another way of computing is in use
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradient_checkpointing_changes_no_bit(name: str, xformers: None) -> None:
+    model = unet()
+    parameters = with_lora(model)
+    use_attention(model, name)
+    expected = stepped(model, parameters)
+    enable_gradient_checkpointing(
+        Parts(model, nn.Identity(), nn.Identity(), None), denoiser=True, text_encoder=False
+    )
+    found = stepped(model, parameters)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def processors(model: nn.Module) -> list[type]:
+    return [type(m.processor) for m in model.modules() if isinstance(m, Attention)]
+
+
+def test_the_processors_come_back() -> None:
+    model = unet()
+    use_attention(model, "plain")
+    use_attention(model, "sdpa")  # again, with another: what comes back is still the first
+    assert processors(model) == [Processor] * 12
+    assert restore_attention(model) == 12
+    assert processors(model) == [AttnProcessor2_0] * 12
+    assert restore_attention(model) == 0
+
+
+class Norm(nn.Module):
+    """In the place of a spatial norm, whose convolutions are of no interest here."""
+
+    def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        return x * temb
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all dropped out": {"dropout": 1.0},
+    "biased": {"bias": True, "out_bias": False},
+    "residual": {"residual_connection": True, "rescale_output_factor": 2.0},
+    "group norm": {"norm_num_groups": 4, "eps": 1e-3},
+    "queries and keys normalised": {"qk_norm": "layer_norm"},
+    "queries and keys normalised by rms": {"qk_norm": "rms_norm"},
+    "text normalised": {"cross_attention_norm": "layer_norm"},
+    "text normalised in groups": {"cross_attention_norm": "group_norm", "cross_attention_norm_num_groups": 4},
+    "other width": {"out_dim": 24},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize(
+    # diffusers computes no module of another width on images either.
+    ("form", "image"),
+    [(form, image) for form in FORMS for image in (False, True) if not (image and form == "other width")],
+)
+def test_every_form_of_module_is_computed_as_diffusers_does(
+    form: str, image: bool, cross: bool, masked: bool
+) -> None:
+    torch.manual_seed(0)
+    attn: Any = Attention(
+        16, cross_attention_dim=20 if cross else None, heads=4, dim_head=8 if form != "other width" else 6,
+        **FORMS[form],
+    )  # fmt: skip
+    for parameter in attn.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(3, 16, 5, 3) if image else torch.randn(3, 15, 16)
+    text = torch.randn(3, 7, 20) if cross else None
+    mask = -10000.0 * (torch.rand(3, 1, 7 if cross else 15) < 0.4) if masked else None
+    if form == "plain" and image:
+        attn.spatial_norm = Norm()
+    arguments = {"encoder_hidden_states": text, "attention_mask": mask, "temb": torch.tensor(0.7)}
+    expected = attn(x, **arguments)
+    assert use_attention(attn, "sdpa").num_modules == 1
+    torch.testing.assert_close(attn(x, **arguments), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_grouped_projection_takes_the_place_of_three() -> None:
+    torch.manual_seed(0)
+    attn: Any = Attention(16, heads=4, dim_head=8)
+    cross: Any = Attention(16, cross_attention_dim=20, heads=4, dim_head=8)
+    x, text = torch.randn(3, 15, 16), torch.randn(3, 7, 20)
+    use_attention(attn, "sdpa")
+    use_attention(cross, "sdpa")
+    expected = attn(x), cross(x, encoder_hidden_states=text)
+    seen: list[torch.Size] = []
+
+    def grouped(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen.append(rows.shape)
+        weight = torch.cat([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight])
+        return (rows @ weight.T).chunk(3, dim=-1)  # views with the rows of all three: no copy is needed
+
+    attn.grouped_qkv = cross.grouped_qkv = grouped
+    torch.testing.assert_close(attn(x), expected[0], rtol=1e-5, atol=1e-6)
+    assert seen == [(45, 16)]
+    assert torch.equal(cross(x, encoder_hidden_states=text), expected[1])  # its k and v have another input
+    assert len(seen) == 1
+
+
+VIEWS = {"view", "_unsafe_view", "t", "transpose", "detach", "alias", "expand", "unsqueeze", "slice"}
+
+
+class Counted(TorchDispatchMode):
+    """Count what is dispatched: what computes, and what only looks at a tensor in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.views = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_view = func.overloadpacket.__name__ in VIEWS
+        self.views, self.kernels = self.views + is_view, self.kernels + (not is_view)
+        return func(*args, **(kwargs or {}))
+
+
+def counts(attn: Any, text: torch.Tensor | None) -> tuple[int, int]:
+    x = torch.randn(2, 15, 32, requires_grad=True)
+    with Counted() as counted:
+        out = attn(x, encoder_hidden_states=text)
+        torch.autograd.grad(
+            out, [x, *(p for p in attn.parameters() if p.requires_grad)], torch.ones_like(out)
+        )
+    return counted.kernels, counted.views
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("cross", [False, True])
+def test_less_is_dispatched_than_in_diffusers(cross: bool, lora: bool) -> None:
+    attn = Attention(32, cross_attention_dim=48 if cross else None, heads=4, dim_head=8)
+    attn.requires_grad_(False)
+    if lora:
+        with_lora(attn)
+    text = torch.randn(2, 7, 48) if cross else None
+    kernels, views = counts(attn, text)
+    use_attention(attn, "sdpa")
+    fewer = counts(attn, text)
+    assert fewer[0] == kernels - 2  # the division by 1, forward and backward
+    assert fewer[1] <= (0.9 if cross else 0.75) * views
+
+
+def test_other_processors_are_left_alone_and_named() -> None:
+    flux: Any = FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    before = list(flux.attn_processors.values())
+    installed = use_attention(flux, "plain")
+    assert installed.num_modules == 0
+    assert installed.note is not None
+    assert "3 modules" in installed.note
+    assert "3 x FluxAttnProcessor" in installed.note
+    assert list(flux.attn_processors.values()) == before
+    assert largest_shapes(flux, 1, (64, 64), 77) == ()
+
+
+class Timer:
+    """Say how long each backend takes, and remember what it was asked; a text is a failure."""
+
+    def __init__(self, **times: float | str) -> None:
+        self.times, self.calls = times, []  # type: ignore[var-annotated]
+
+    def __call__(
+        self, attend: Any, device: torch.device, dtype: torch.dtype, shapes: Sequence[Shape]
+    ) -> float:
+        self.calls.append((attend.__name__, device, dtype, tuple(shapes)))
+        time = self.times[attend.__name__]
+        if isinstance(time, str):
+            raise NotImplementedError(time)
+        return time
+
+
+@pytest.mark.parametrize(("device", "deterministic"), [(CPU, False), (CPU, True), (GPU, True)])
+def test_where_bits_must_repeat_auto_is_sdpa_unmeasured(
+    device: torch.device, deterministic: bool, xformers: None
+) -> None:
+    timer = Timer()
+    name, why = choose("auto", device, torch.float32, SHAPES, deterministic=deterministic, timer=timer)
+    assert (name, timer.calls) == ("sdpa", [])
+    assert "always" in why
+
+
+def test_auto_takes_the_fastest_and_says_the_figures(xformers: None) -> None:
+    timer = Timer(sdpa=2.0, xformers=1.5, plain=7.25)
+    choice = choose("auto", GPU, torch.bfloat16, SHAPES, timer=timer)
+    assert choice == Choice("xformers", "sdpa: 2.00 ms, xformers: 1.50 ms, plain: 7.25 ms")
+    assert timer.calls == [(name, GPU, torch.bfloat16, SHAPES) for name in BACKENDS]
+
+
+def test_auto_leaves_sdpa_only_for_a_gain(xformers: None) -> None:
+    timer = Timer(sdpa=2.0, xformers=1.95, plain=1.96)
+    assert choose("auto", GPU, torch.bfloat16, SHAPES, timer=timer).name == "sdpa"
+
+
+def test_auto_does_without_what_is_not_there(no_xformers: None) -> None:
+    timer = Timer(sdpa=1.9, plain=7.2)
+    choice = choose("auto", GPU, torch.bfloat16, SHAPES, timer=timer)
+    assert choice == Choice("sdpa", "sdpa: 1.90 ms, xformers is not installed, plain: 7.20 ms")
+
+
+@pytest.mark.parametrize(
+    ("times", "name"),
+    [({"sdpa": 2.0, "xformers": "no kernel"}, "sdpa"), ({"sdpa": "no memory", "xformers": 3.0}, "xformers")],
+)
+def test_auto_does_without_what_fails(times: dict[str, Any], name: str, xformers: None) -> None:
+    choice = choose("auto", GPU, torch.bfloat16, SHAPES, timer=Timer(plain=9.0, **times))
+    assert choice.name == name
+    assert "fails (no " in choice.why
+
+
+def test_auto_where_everything_fails_is_sdpa(xformers: None) -> None:
+    timer = Timer(sdpa="a", xformers="b", plain="c")
+    choice = choose("auto", GPU, torch.bfloat16, SHAPES, timer=timer)
+    assert choice == Choice("sdpa", "sdpa fails (a), xformers fails (b), plain fails (c)")
+
+
+def test_auto_does_not_try_what_would_fill_the_memory(xformers: None) -> None:
+    timer = Timer(sdpa=3.0, xformers=4.0)
+    choice = choose("auto", GPU, torch.bfloat16, (Shape(1, 8, 4096, 4096, 40),), timer=timer)
+    assert choice.name == "sdpa"
+    assert "plain would keep 512 MiB of scores" in choice.why
+
+
+def test_the_same_question_is_measured_once(xformers: None) -> None:
+    timer = Timer(sdpa=2.0, xformers=1.0, plain=3.0)
+    first = choose("auto", GPU, torch.bfloat16, SHAPES, timer=timer)
+    timer.times = {"sdpa": 1.0, "xformers": 2.0, "plain": 3.0}
+    assert choose("auto", GPU, torch.bfloat16, list(SHAPES), timer=timer) == first
+    assert len(timer.calls) == 3
+    assert choose("auto", GPU, torch.float16, SHAPES, timer=timer).name == "sdpa"
+    assert choose("auto", GPU, torch.bfloat16, SHAPES[:1], timer=timer).name == "sdpa"
+    assert len(timer.calls) == 9
+
+
+def test_a_model_without_exchangeable_attention_is_not_measured(xformers: None) -> None:
+    timer = Timer()
+    assert choose("auto", GPU, torch.bfloat16, (), timer=timer) == Choice(
+        "sdpa", "there is nothing to measure"
+    )
+
+
+def test_a_continued_run_stays_with_its_backend(xformers: None) -> None:
+    timer = Timer(sdpa=1.0, xformers=2.0, plain=3.0)
+    for device, before in ((GPU, "xformers"), (GPU, "plain"), (CPU, "plain")):
+        choice = choose("auto", device, torch.float32, SHAPES, before=before, timer=timer)
+        assert choice == Choice(before, "as the run began")
+    assert timer.calls == []
+    assert choose("sdpa", GPU, torch.float32, SHAPES, before="plain", timer=timer) == ("sdpa", "as set")
+
+
+@pytest.mark.parametrize("before", ["xformers", "gone"])
+def test_a_run_whose_backend_is_gone_says_so(before: str, no_xformers: None) -> None:
+    timer = Timer(sdpa=1.0, plain=3.0)
+    name, why = choose("auto", GPU, torch.float32, SHAPES, before=before, timer=timer)
+    assert name == "sdpa"
+    assert f"the run began with {before}, but" in why
+    assert "sdpa: 1.00 ms" in why
+
+
+@pytest.mark.parametrize("name", ["sdpa", "plain"])
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_a_named_backend_is_taken_unmeasured(device: torch.device, name: str) -> None:
+    timer = Timer()
+    assert choose(name, device, torch.float32, SHAPES, timer=timer) == Choice(name, "as set")
+    assert timer.calls == []
+
+
+def test_xformers_by_name_is_tried_once(xformers: None) -> None:
+    timer = Timer(xformers=1.0)
+    assert choose("xformers", GPU, torch.bfloat16, SHAPES, timer=timer) == Choice("xformers", "as set")
+    assert [call[0] for call in timer.calls] == ["xformers"]
+
+
+def refused(*arguments: Any, **options: Any) -> LoraGraftError:
+    with pytest.raises(LoraGraftError) as caught:
+        choose(*arguments, **options)
+    assert (caught.value.code, caught.value.where) == ("LG-RUN-009", "attention")
+    return caught.value
+
+
+def test_xformers_that_is_not_installed_is_refused(no_xformers: None) -> None:
+    error = refused("xformers", GPU, torch.bfloat16, SHAPES, timer=Timer())
+    assert error.why == "xformers is not installed."
+    assert "built for this torch" in error.fix
+
+
+def test_xformers_on_a_cpu_is_refused(xformers: None) -> None:
+    error = refused("xformers", CPU, torch.float32, SHAPES, timer=Timer())
+    assert "no kernels for cpu" in error.why
+    assert "sdpa" in error.fix
+
+
+def test_xformers_in_a_deterministic_run_is_refused(xformers: None) -> None:
+    error = refused("xformers", GPU, torch.bfloat16, SHAPES, deterministic=True, timer=Timer())
+    assert "same bits" in error.why
+    assert "deterministic" in error.fix
+
+
+def test_xformers_that_has_no_kernel_is_refused_before_the_run(xformers: None) -> None:
+    timer = Timer(xformers="No operator found for this\nhead size")
+    error = refused("xformers", GPU, torch.bfloat16, SHAPES, timer=timer)
+    assert "No operator found for this head size" in error.why
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    assert "no backend flash" in refused("flash", CPU, torch.float32, SHAPES).why
+
+
+class Clock:
+    """In the place of a CUDA event: each pair of records lies one tick further apart than the last."""
+
+    now = ticks = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        Clock.ticks += 1
+        Clock.now += Clock.ticks // 2 if Clock.ticks % 2 == 0 else 0
+        self.time = Clock.now
+
+    def synchronize(self) -> None:
+        """Nothing runs behind the clock."""
+
+    def elapsed_time(self, end: Clock) -> float:
+        return float(end.time - self.time)
+
+
+def test_a_measurement_is_a_median_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock.now = Clock.ticks = 0
+    freed: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
+    seen: list[tuple[torch.Size, torch.Size, torch.dtype]] = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None) -> torch.Tensor:
+        assert q.transpose(1, 2).is_contiguous()  # as a processor hands it over
+        seen.append((q.shape, k.shape, q.dtype))
+        return attention.plain(q, k, v, mask)
+
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        found = measured_ms(attend, CPU, torch.float32, SHAPES)
+    assert torch.equal(torch.rand(1), expected)  # the process's random numbers are where they were
+    # Pairs take 1, 2, 3, ...: the first three of each shape warm up, the middle one of eleven counts.
+    assert found == 9 + 23
+    assert seen == [((1, 8, 64, 40), (1, 8, s.keys, 40), torch.float32) for s in SHAPES for _ in range(14)]
+    assert freed == [True]
+
+
+def unet_of(heads: tuple[int, ...], down: str, up: str) -> nn.Module:
+    """Return a random U-Net whose blocks, D without and C with attention, are spelt as words."""
+    torch.manual_seed(0)
+    names = {"D": ("DownBlock2D", "UpBlock2D"), "C": ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")}
+    return UNet2DConditionModel(
+        block_out_channels=(32, 64, 64)[: len(down)],
+        layers_per_block=1,
+        cross_attention_dim=tiny.TEXT,
+        attention_head_dim=heads,
+        down_block_types=tuple(names[kind][0] for kind in down),
+        up_block_types=tuple(names[kind][1] for kind in up),
+    )
+
+
+def scores(shape: Shape) -> int:
+    return shape.heads * shape.queries * shape.keys
+
+
+@pytest.mark.parametrize(
+    ("heads", "down", "up"),
+    [((8, 8), "CD", "DC"), ((2, 4, 8), "DCC", "CCD"), ((8, 2, 2), "CCC", "CCC"), ((4, 4), "DD", "DD")],
+)
+def test_the_largest_shapes_are_those_of_a_pass(
+    heads: tuple[int, ...], down: str, up: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = unet_of(heads, down, up)
+    seen: set[Shape] = set()
+
+    def recorded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
+        seen.add(Shape(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3]))
+        return attention.sdpa(q, k, v, mask)
+
+    expected = largest_shapes(model, 2, (10, 7), 9)
+    monkeypatch.setitem(BACKENDS, "recorded", recorded)
+    use_attention(model, "recorded")
+    model(torch.randn(2, 4, 10, 7), torch.tensor(3), encoder_hidden_states=torch.randn(2, 9, tiny.TEXT))
+    for_self = max((s for s in seen if s.keys != 9), key=scores)
+    for_text = max((s for s in seen if s.keys == 9), key=scores)
+    assert expected == (for_self, for_text)
+    assert largest_shapes(model, 2, (10, 7), 9) == expected  # whichever processor is in place

@@ -1,0 +1,96 @@
+"""Weights that are brought when asked for: a file's tensors, and views of any tensors under other names.
+
+A tensor of a file is mapped by itself and lets its pages go with its last user, so that converting a
+model keeps one tensor twice in memory, not the file beside its copy.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+import weakref
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class FileWeights(Mapping[str, torch.Tensor]):
+    """The tensors of a .safetensors file; what is read stays that file's, whatever takes its name.
+
+    Raises SafetensorError or OSError for a file that is damaged, TypeError for an unknown dtype.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, framework="pt"):  # the library checks the header against the file
+            self._file = path.open("rb")
+        weakref.finalize(self, self._file.close)
+        (length,) = struct.unpack("<Q", self._file.read(8))
+        header = json.loads(self._file.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise TypeError(f"{name} has the unknown dtype {entry['dtype']}")
+        self._tensors = {
+            name: (DTYPES[entry["dtype"]], entry["shape"], *(8 + length + i for i in entry["data_offsets"]))
+            for name, entry in header.items()
+        }
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        dtype, shape, start, end = self._tensors[name]
+        if start == end:
+            return torch.empty(shape, dtype=dtype)
+        page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(self._file.fileno(), end - page, access=mmap.ACCESS_COPY, offset=page)
+        count = (end - start) // dtype.itemsize
+        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start - page).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def joined(files: Sequence[FileWeights]) -> Mapping[str, torch.Tensor]:
+    """Return the tensors of all files; of two with one name the later file's."""
+    return ChainMap(*cast("list[Any]", files[::-1]))  # nothing writes to it, so it may hold plain mappings
+
+
+@dataclass(frozen=True)
+class Renamed(Mapping[str, torch.Tensor]):
+    """Views of ``source`` under new names (new to old); those in ``matrices`` lose a 1x1 kernel."""
+
+    source: Mapping[str, torch.Tensor]
+    names: Mapping[str, str]
+    matrices: frozenset[str] = frozenset()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self.source[self.names[name]]
+        return weight.reshape(weight.shape[:2]) if name in self.matrices else weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

@@ -1,0 +1,190 @@
+"""Runs on one base, one or many: opened together, driven side by side, each ending as it does alone."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
+
+import torch
+
+from . import metadata
+from .checkpoint import Checkpoint, RunFolder, disk_refusal
+from .config import TrainConfig
+from .data.train_set import TrainSet
+from .engine.planner import advice, is_out_of_memory
+from .engine.precision import pick_device, resolve
+from .engine.steps import Engine, Key, Micro
+from .errors import LoraGraftError, one_line
+from .events import Event, Failed, Finished
+from .families.opening import Base
+from .fit import check, fit
+from .loop import Lane, Places, Product, lane
+from .optim import depends_on_total
+from .paths import safe_name
+from .plan import plan_run, step_losses
+from .run import Job, open_runs, unfit
+
+
+def train(
+    base: Base,
+    train_set: TrainSet,
+    config: TrainConfig,
+    *,
+    places: Places,
+    device: torch.device | str | None = None,
+    workflow: str | None = None,
+    fresh: bool = False,
+) -> Generator[Event, None, None]:
+    """Train a LoRA and publish it; yields events, see trainer.events.
+
+    Continues by itself from the newest checkpoint of the same run, and returns a finished run's file at
+    once. ``workflow`` is ComfyUI's workflow JSON to keep in the file; ``fresh`` sets an earlier run aside.
+    """
+    events = train_together(
+        base, [(train_set, config)], places=places, device=device, workflow=workflow, fresh=fresh
+    )
+    with closing(events):
+        for _, event in events:
+            yield event
+
+
+def train_together(
+    base: Base,
+    jobs: Sequence[tuple[TrainSet, TrainConfig]],
+    *,
+    places: Places,
+    device: torch.device | str | None = None,
+    workflow: str | None = None,
+    fresh: bool = False,
+) -> Generator[tuple[int, Event], None, None]:
+    """Train LoRAs side by side on one base; yields (number of the job, its event).
+
+    The base goes once over the samples of all runs whose next batches have equal shapes; each run has the
+    gradients, updates, files and checkpoints that it has alone. With several jobs, one that fails ends
+    with `Failed` and the others go on. Closing stops and saves all of them.
+    """
+    several = len(jobs) > 1
+    opened = [_job(base, *job, places, device) for job in jobs]
+    _check_apart(opened)
+    with ExitStack() as stack:
+        for job in opened:
+            stack.callback(job.folder.close)
+        products = [Product(job, places, workflow if job.config.embed_workflow else None) for job in opened]
+        starts: dict[int, Checkpoint | None] = {}
+        for number, product in enumerate(products):
+            done, starts[number] = _open_folder(product, fresh)
+            if done is not None:
+                del starts[number]
+                yield number, done
+        if not starts:
+            return
+        numbers = list(starts)
+        before = next((c.info() for c in starts.values() if c is not None), {})
+        runs = open_runs([opened[n] for n in numbers], places.cache, before)
+        fitted = fit(runs)
+        check(runs, fitted)
+        for run in runs:
+            run.how += fitted.lines
+        stack.callback(runs[0].engine.close)
+        lanes: dict[int, Lane] = {}
+        for row, (number, run) in enumerate(zip(numbers, runs, strict=True)):
+            lanes[row] = lane(products[number], run, starts[number], len(runs))
+            stack.callback(lanes[row].close)
+        try:
+            for row, event in _drive(lanes, runs[0].engine, several):
+                yield numbers[row], event
+        except (RuntimeError, MemoryError) as error:
+            if fitted.plan is not None and is_out_of_memory(error):
+                raise advice(error, fitted.plan) from error
+            raise
+
+
+def _drive(lanes: dict[int, Lane], engine: Engine, several: bool) -> Iterator[tuple[int, Event]]:
+    """Let every run go on to its next micro-batch, then take the largest group of one shape together."""
+    answers: dict[int, torch.Tensor | None] = dict.fromkeys(lanes)
+    waiting: dict[int, Micro] = {}
+    try:
+        while answers:
+            for row in list(answers):
+                try:
+                    item = lanes[row].send(answers.pop(row))
+                    while not isinstance(item, Micro):
+                        yield row, item
+                        item = next(lanes[row])
+                    waiting[row] = item
+                except StopIteration:
+                    pass
+                except LoraGraftError as error:
+                    if not several:
+                        raise
+                    yield row, Failed(error)
+            group = _largest(waiting)
+            losses = engine.backward([waiting.pop(row) for row in group]) if group else []
+            answers = dict(zip(group, losses, strict=True))
+    except GeneratorExit:
+        # Stopped between two runs' turns: those whose gradients are there take their step too, so that all
+        # continue from one moment, in the same company as without a stop.
+        for row, answer in answers.items():
+            if answer is not None:
+                with suppress(StopIteration, LoraGraftError):  # its log holds the error
+                    lanes[row].send(answer)
+        raise
+
+
+def _largest(waiting: Mapping[int, Micro]) -> list[int]:
+    """Return the rows that share the commonest shape; of equally common ones, that of the first row."""
+    groups: dict[Key, list[int]] = {}
+    for row in sorted(waiting):
+        groups.setdefault(waiting[row].shape, []).append(row)
+    return max(groups.values(), key=len, default=[])
+
+
+def _job(
+    base: Base, train_set: TrainSet, config: TrainConfig, places: Places, device: torch.device | str | None
+) -> Job:
+    precision = resolve(config.mixed_precision, pick_device(device))
+    plan = plan_run(train_set, config)
+    warms_up = any(0 < c.token_warmup_step < 1 for c in train_set.configs)
+    fixed_total = plan.total_steps if warms_up or depends_on_total(config) else None
+    run_id = metadata.run_hash(base, train_set, config, fixed_total, precision.name)
+    words = metadata.trigger_words(train_set, config)
+    folder = RunFolder(places.runs / f"{safe_name(config.output_name, what='output_name')}-{run_id[:8]}")
+    return Job(base, train_set, config, plan, precision, run_id, words, folder)
+
+
+def _check_apart(jobs: Sequence[Job]) -> None:
+    """Refuse jobs that are one and the same run, or that would publish under one name."""
+    for number, job in enumerate(jobs):
+        for other in range(number):
+            if jobs[other].config.output_name == job.config.output_name:
+                raise LoraGraftError(
+                    "LG-RUN-011",
+                    f"Runs {other + 1} and {number + 1} have the same output_name.",
+                    where=f"output_name: {one_line(job.config.output_name, 80)}",
+                    why="their files could not be told apart.",
+                    fix="give each run a name of its own",
+                )
+
+
+def _open_folder(product: Product, fresh: bool) -> tuple[Finished | None, Checkpoint | None]:
+    """Lock the run's folder; return its product if it is finished, else the checkpoint to continue from."""
+    job, folder = product.job, product.job.folder
+    metadata.with_workflow({}, product.workflow)  # what cannot be kept at the end is refused at the start
+    product.name  # noqa: B018 - likewise a name that is taken
+    try:
+        folder.open()
+        if fresh:
+            folder.set_aside()
+        found = folder.checkpoints()
+        for checkpoint in found:
+            if checkpoint.run != job.run_id:  # copied here, or a folder name that two runs share
+                raise unfit(checkpoint, f"run {checkpoint.run[:8]} wrote it")
+        total = job.plan.total_steps
+        last = next((c for c in found if c.step == total), None)
+        source = next((c for c in reversed(found) if c.resumable and c.step >= total), None)
+        if last is not None and source is not None:
+            losses = step_losses(source.losses(), job.plan)[: last.step]
+            return product.make(last, losses, reused=True), None
+        return None, next((c for c in reversed(found) if c.resumable and c.step < total), None)
+    except OSError as error:
+        raise disk_refusal(error, folder.path) from error
