@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from .parts import Parts
 
 Moments = dict[str, torch.Tensor]
 Use = tuple[int, bool]  # a record's index, and whether it is mirrored
+Picture = tuple[torch.Tensor, torch.Tensor | None]  # pixels and mask
 
 
 class Fed(NamedTuple):
@@ -91,17 +93,20 @@ class Inputs:
                 yield from self._prepare_captions()
 
     def _prepare_images(self) -> Iterator[Cached]:
-        hits, uses = 0, self._uses()
-        for done, use in enumerate(uses, 1):
+        uses, missing = self._uses(), dict[Use, str]()
+        for use in uses:
             key = self._image_key(*use)
             found = self.cache.get(key)
             if found is None:
-                found = self._encode_image(*use)
-                self.cache.put(key, found)
-            else:
-                hits += 1
+                missing[use] = key
+                continue
             self._moments[use] = found
-            yield Cached("images", done, len(uses), hits)
+            yield Cached("images", len(self._moments), len(uses), len(self._moments))
+        hits = len(self._moments)
+        for use, picture in self._read_ahead(list(missing)):
+            self._moments[use] = self._encode(use, picture)
+            self.cache.put(missing[use], self._moments[use])
+            yield Cached("images", len(self._moments), len(uses), hits)
 
     def _prepare_captions(self) -> Iterator[Cached]:
         captions, hits = self._captions, 0
@@ -122,7 +127,7 @@ class Inputs:
         latents, noises, timesteps, captions, masks = [], [], [], [], []
         flips = batch.flips or (False,) * len(batch.indices)
         for sample, use in enumerate(zip(batch.indices, flips, strict=True), first_sample):
-            moments = self._moments[use] if use in self._moments else self._encode_image(*use)
+            moments = self._moments[use] if use in self._moments else self._encode(use, self._read(use))
             shape = moments["mean"].shape
             posterior = torch.randn(shape, generator=generator(seed, step, sample, "posterior"))
             latents.append(family.latents(moments, posterior))
@@ -151,7 +156,7 @@ class Inputs:
 
     def embed(self, text: torch.Tensor) -> torch.Tensor:
         """Return the conditioning (B, L, D) of a `Fed`'s text; what is encoded here carries gradients."""
-        return text if self.keeps_text else self._encode(text, grad=True)
+        return text if self.keeps_text else self._encode_text(text, grad=True)
 
     def _uses(self) -> list[Use]:
         """List what is encoded: every record, and mirrored too where it may be."""
@@ -164,28 +169,42 @@ class Inputs:
         return self.base.family.tokenize(self.parts, captions, self.config.max_token_length)
 
     def _encode_captions(self, captions: list[str]) -> torch.Tensor:
-        return self._encode(self._tokenize(captions).to(self.precision.device), grad=False)
+        return self._encode_text(self._tokenize(captions).to(self.precision.device), grad=False)
 
-    def _encode(self, ids: torch.Tensor, *, grad: bool) -> torch.Tensor:
+    def _encode_text(self, ids: torch.Tensor, *, grad: bool) -> torch.Tensor:
         with torch.set_grad_enabled(grad):
             return self.base.family.encode_text(self.parts, ids, self.config.clip_skip)
 
+    def _read_ahead(self, uses: list[Use]) -> Iterator[tuple[Use, Picture]]:
+        """Read pictures in order; the next one is read while the caller encodes."""
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            reading = [reader.submit(self._read, use) for use in uses[:1]]
+            for number, use in enumerate(uses, 1):
+                picture = reading.pop().result()
+                reading = [reader.submit(self._read, following) for following in uses[number : number + 1]]
+                yield use, picture
+
+    def _read(self, use: Use) -> Picture:
+        """Read pixels (1, 3, H, W), mirrored where the use is, and the mask (1, 1, H, W) as it lies, if any."""
+        (index, flip), data = use, self.train_set
+        where = data.records[index], data.buckets[index], data.resized[index]
+        pixels = load_pixels(*where)[None]
+        mask = None if where[0].mask is None else load_mask(*where)[None, None]
+        return (pixels.flip(-1) if flip else pixels), mask
+
     @torch.no_grad()
-    def _encode_image(self, index: int, flip: bool) -> Moments:
+    def _encode(self, use: Use, picture: Picture) -> Moments:
         """Encode one image's moments (1, C, h, w), and its mask (1, 1, h, w), on the CPU.
 
         Raises LG-RUN-005 if they are not finite.
         """
-        data = self.train_set
-        record = data.records[index]
-        pixels = load_pixels(record, data.buckets[index], data.resized[index]).unsqueeze(0)
-        pixels = (pixels.flip(-1) if flip else pixels).to(self.precision.device)
+        record, (pixels, mask) = self.train_set.records[use[0]], picture
+        pixels = pixels.to(self.precision.device)
         moments = {k: v.cpu() for k, v in self.base.family.encode_images(self.parts, pixels).items()}
-        if record.mask is not None:
-            mask = load_mask(record, data.buckets[index], data.resized[index])[None, None]
+        if mask is not None:
             # One value for each latent pixel: the mean of what it covers, as kohya scales masks.
             small = F.interpolate(mask, moments["mean"].shape[2:], mode="area")
-            moments["mask"] = small.flip(-1) if flip else small
+            moments["mask"] = small.flip(-1) if use[1] else small
         if not all(bool(torch.isfinite(v).all()) for v in moments.values()):
             raise LoraGraftError(
                 "LG-RUN-005",
