@@ -21,6 +21,15 @@
     text: (id) => panel(id)?.innerText,
     part: (id, name) => panel(id)?.querySelector(`.loragraft-${name}`)?.textContent,
     points: (id) => (panel(id)?.querySelector("path.raw")?.getAttribute("d").match(/[ML]/g) ?? []).length,
+    lines: (id) => panel(id)?.querySelectorAll("path.run").length,
+    lanes: (id) =>
+      [...(panel(id)?.querySelectorAll(".loragraft-lane") ?? [])].map((row) => ({
+        phase: row.dataset.phase,
+        colour: row.children[0].style.background,
+        label: row.children[1].textContent,
+        loss: row.children[2].textContent,
+        state: row.children[3].textContent,
+      })),
     saves: (id) => panel(id)?.querySelectorAll("line.save").length,
     samples: (id) =>
       [...(panel(id)?.querySelectorAll(".loragraft-image") ?? [])].filter((i) => i.complete && i.naturalWidth).length,
@@ -53,6 +62,19 @@
         const steps = Array.from({ length: 500 }, (_, i) => ({ step: first + i, total: count, loss: Math.random(), lr: 1e-4 }));
         api.dispatchCustomEvent("loragraft.train", { node: id, kind: "step", steps });
         if (first % 10000 === 1) await frames(1);
+      }
+      await frames(2);
+      return performance.now() - begun;
+    },
+    /** Send the steps of many runs side by side; gives the milliseconds until the panel has drawn them. */
+    async floodMany(id, count, steps) {
+      const begun = performance.now();
+      const runs = Array.from({ length: count }, (_, run) => ({ name: `run${run}`, label: `seed ${run}` }));
+      api.dispatchCustomEvent("loragraft.train", { node: id, kind: "sweep", runs });
+      for (let step = 1; step <= steps; step++) {
+        const taken = runs.map((_, run) => ({ run, step, total: steps, loss: Math.random(), lr: 1e-4 }));
+        api.dispatchCustomEvent("loragraft.train", { node: id, kind: "step", steps: taken, pace: 0.1, left: 1 });
+        if (step % 20 === 0) await frames(1);
       }
       await frames(2);
       return performance.now() - begun;

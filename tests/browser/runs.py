@@ -51,3 +51,58 @@ def done(node: str, **more: Any) -> Message:
         "losses": losses,
     }
     return {"node": node, "kind": "done", "saves": [{"step": 400}], "seconds": 48.2, **payload, **more}
+
+
+SWEPT = [
+    (f"blorb_learning_rate{rate}_network_dim{dim}", rate, dim) for rate in ("1e-4", "3e-4") for dim in (8, 32)
+]
+
+
+def sweep(node: str, last: int = 250, **head: Any) -> list[Message]:
+    """Return the messages of a sweep of four runs, of which one has failed and three are at step ``last``."""
+    head = {"node": node, **head}
+    named = [{"name": name, "label": f"learning_rate {rate}, network_dim {dim}"} for name, rate, dim in SWEPT]
+    plan = {
+        "kind": "plan",
+        "total_steps": 400,
+        "first_step": 0,
+        "lines": ["16 images", "one of 4 runs side by side"],
+    }
+    taken = [
+        {**step, "run": run, "loss": step["loss"] * (1 + run / 3)}
+        for run in range(4)
+        for step in steps(1, 60 if run == 2 else last)
+    ]
+    return [
+        {**head, "kind": "sweep", "runs": named},
+        *({**head, **plan, "run": run} for run in range(4)),
+        {**head, "kind": "step", "steps": taken, "pace": 0.05, "left": 22.5},
+        {**head, "kind": "failed", "run": 2, "error": "LG-RUN-004  The loss became NaN at step 61."},
+    ]
+
+
+def sweep_done(node: str) -> Message:
+    """Return the message that closes that sweep."""
+    losses = [[s["step"], s["loss"]] for s in steps(1, 400)]
+    runs = [
+        {
+            "name": name,
+            "label": f"learning_rate {rate}, network_dim {dim}",
+            "file": "" if run == 2 else f"{name}.safetensors",
+            "error": "LG-RUN-004  The loss became NaN at step 61." if run == 2 else "",
+            "step": 60 if run == 2 else 400,
+            "total_steps": 400,
+            "losses": [[x, loss * (1 + run / 3)] for x, loss in losses[: 60 if run == 2 else 400]],
+        }
+        for run, (name, rate, dim) in enumerate(SWEPT)
+    ]
+    files = "\n".join(run["file"] for run in runs if run["file"])
+    whole = {
+        "file": files,
+        "trigger": "blorb",
+        "step": 1260,
+        "total_steps": 1600,
+        "losses": [],
+        "seconds": 61.4,
+    }
+    return {"node": node, "kind": "done", "runs": runs, **whole}

@@ -166,6 +166,8 @@ def main() -> None:
                             page.frame()
                             page.wait("showsImages(a[0])", build)
                             save_jpeg(shoot(page), images / "dataset.jpg", 1600)
+                        elif graph.stem == "LoraGraft Sweep" and not arguments.without_training:
+                            train_demo(page, json.loads(graph.read_text("utf-8")), 42, lambda: None)
                         elif graph.stem != "LoraGraft Demo":
                             page.load(json.loads(graph.read_text("utf-8")))
                         else:

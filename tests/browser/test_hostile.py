@@ -121,6 +121,49 @@ def test_event_payloads(open_comfy: Open, nodes2: bool) -> None:
         page.shoot(f"hostile-{nodes2}")
 
 
+def sweep_messages(text: str, node: str) -> list[dict[str, Any]]:
+    """Return every message of a sweep with the text in every place that holds text."""
+    head, run = {"node": node}, {"name": text, "label": text}
+    sample = {"step": 1, "prompt": text, "filename": text, "subfolder": text, "type": "output"}
+    return [
+        {**head, "kind": "sweep", "runs": text},
+        {**head, "kind": "sweep", "runs": [text, run, {"name": [text], "label": {"x": text}}]},
+        {**head, "kind": "plan", "run": text, "total_steps": text, "lines": [text]},
+        {**head, "kind": "plan", "run": 0, "total_steps": 9, "first_step": text, "lines": [text]},
+        {
+            **head,
+            "kind": "step",
+            "steps": [{"run": 0, "step": 1, "total": 9, "loss": 0.5}],
+            "pace": text,
+            "left": text,
+        },
+        {**head, "kind": "sample", "run": 1, **sample},
+        {**head, "kind": "failed", "run": 1, "error": text},
+        {**head, "kind": "finished", "run": 0, "file": text, "step": text},
+        {
+            **head,
+            "kind": "done",
+            "file": text,
+            "trigger": text,
+            "runs": [{**run, "file": text}, {**run, "error": text}],
+        },
+    ]
+
+
+def test_event_payloads_of_a_sweep(open_comfy: Open) -> None:
+    with open_comfy() as page:
+        (node,) = page.build(TRAIN)
+        page.frame()
+        for text in PAYLOADS:
+            for message in sweep_messages(text, node):
+                page.ask("send(a[0])", message)
+            page.wait("lanes(a[0])[1]?.label === a[1]", node, text[:300])
+            assert page.ask("lanes(a[0])[1].state", node) == f"Failed: {text[:4000]}"
+            assert [row["label"] for row in page.ask("lanes(a[0])", node)] == [text[:300]] * 2
+            assert_harmless(page)
+        page.shoot("hostile-sweep")
+
+
 def test_node_ids_and_workflow_ids(open_comfy: Open) -> None:
     with open_comfy() as page:
         (node,) = page.build(TRAIN)

@@ -42,6 +42,77 @@ def test_a_run_from_plan_to_product(open_comfy: Open, nodes2: bool) -> None:
         assert page.our_errors() == []
 
 
+@RENDERERS
+def test_a_sweep_has_a_line_and_a_row_for_each_run(open_comfy: Open, nodes2: bool) -> None:
+    with open_comfy(nodes2=nodes2) as page:
+        (node,) = page.build(TRAIN)
+        page.frame()
+        send(page, *runs.sweep(node))
+        page.wait("lanes(a[0]).length === 4", node)
+        page.wait("lines(a[0]) === 4 && probe.points(a[0]) === 0", node)
+        text = page.ask("text(a[0])", node)
+        assert "Step 810 / 1260" in text, "nobody waits for the failed run"
+        assert "0.05 s" in text and "0:23" in text and "0 / 4" in text
+        rows = page.ask("lanes(a[0])", node)
+        assert rows[0]["label"] == "learning_rate 1e-4, network_dim 8" and rows[0]["state"] == "250 / 400"
+        assert rows[2]["phase"] == "failed" and "LG-RUN-004" in rows[2]["state"]
+        assert len({row["colour"] for row in rows}) == 4
+        page.shoot(f"panel-sweep-{nodes2}")
+        send(
+            page,
+            {
+                "node": node,
+                "kind": "finished",
+                "run": 0,
+                "file": f"{runs.SWEPT[0][0]}.safetensors",
+                "step": 400,
+            },
+        )
+        page.wait("lanes(a[0])[0].state.endsWith('network_dim8.safetensors')", node)
+        send(page, runs.sweep_done(node))
+        page.wait("phase(a[0]) === 'done'", node)
+        text = page.ask("text(a[0])", node)
+        assert "3 / 4" in text and "Step 1260 / 1260" in text and "1:02" in text
+        page.shoot(f"panel-sweep-done-{nodes2}")
+        page.reload()
+        page.wait("node(a[0])?.type === a[1]", node, TRAIN)
+        page.frame()
+        page.wait("lines(a[0]) === 4 && probe.lanes(a[0])[2].phase === 'failed'", node)
+        send(page, *runs.training(node, 40))
+        page.wait("points(a[0]) === 40 && probe.lanes(a[0]).length === 0 && probe.lines(a[0]) === 0", node)
+        assert page.our_errors() == []
+
+
+def test_the_pointer_reads_out_every_run_of_a_sweep(open_comfy: Open) -> None:
+    with open_comfy() as page:
+        (node,) = page.build(TRAIN)
+        page.frame()
+        send(page, *runs.sweep(node))
+        page.wait("lines(a[0]) === 4", node)
+        last = [row["loss"] for row in page.ask("lanes(a[0])", node)]
+        page.raw.locator(".loragraft-plot").hover(position={"x": 60, "y": 30})
+        page.wait("part(a[0], 'key-step')?.startsWith('Step ')", node)
+        assert [row["loss"] for row in page.ask("lanes(a[0])", node)] != last
+        page.raw.locator(".loragraft-head").hover()
+        page.wait("lanes(a[0]).map((r) => r.loss).join() === a[1].join()", node, last)
+        page.raw.get_by_role("button", name="Log", exact=True).click()
+        page.wait("lines(a[0]) === 4", node)
+        page.raw.get_by_role("button", name="Report").click()
+        page.raw.get_by_text("learning_rate 3e-4, network_dim 8: LG-RUN-004").wait_for()
+
+
+def test_sixty_four_runs_stay_quick_and_scroll(open_comfy: Open) -> None:
+    with open_comfy() as page:
+        (node,) = page.build(TRAIN)
+        page.frame()
+        milliseconds = page.ask("floodMany(a[0], 64, 400)", node)
+        page.wait("lines(a[0]) === 64 && probe.lanes(a[0]).length === 64", node)
+        assert milliseconds < 5000, f"{milliseconds:.0f} ms for 64 runs of 400 steps"
+        scrolls = page.ask("panel(a[0]).querySelector('.loragraft-lanes').scrollHeight", node)
+        assert scrolls > page.ask("panel(a[0]).querySelector('.loragraft-lanes').clientHeight", node) > 30
+        page.shoot("panel-sweep-64")
+
+
 def test_the_pointer_reads_out_a_step(open_comfy: Open) -> None:
     with open_comfy() as page:
         (node,) = page.build(TRAIN)

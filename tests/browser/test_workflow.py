@@ -76,6 +76,32 @@ def test_the_demo_runs_live_and_is_kept(open_comfy: Open, nodes2: bool) -> None:
         page.wait("phase(a[0]) === 'done' && probe.points(a[0]) === a[1]", train, steps)
 
 
+def test_a_sweep_runs_live_and_is_kept(open_comfy: Open) -> None:
+    with open_comfy() as page:
+        page.load(json.loads((ROOT / "example_workflows" / "LoraGraft Sweep.json").read_text("utf-8")))
+        (train,), (preview,) = page.ask("find(a[0])", TRAIN), page.ask("find(a[0])", PREVIEW)
+        page.ask("put(a[0], a[1])", train, {"output_name": "live_sweep", "max_train_steps": 12})
+        page.ask("put(a[0], a[1])", preview, {"steps": 4})
+        page.frame()
+        page.queue()
+        page.wait("phase(a[0]) === 'training' && probe.lines(a[0]) === 4", train, timeout_s=180)
+        page.wait("phase(a[0]) === 'done'", train, timeout_s=180)
+        page.wait("hasImages(a[0])", preview, timeout_s=180)
+        rows = page.ask("lanes(a[0])", train)
+        assert [row["phase"] for row in rows] == ["done"] * 4
+        assert rows[3]["label"] == "learning_rate 3e-3, network_dim 32, network_alpha 32"
+        assert "Step 48 / 48" in page.ask("text(a[0])", train)
+        page.wait("idle()", timeout_s=60)
+        page.frame()
+        page.wait("showsImages(a[0])", preview)
+        page.shoot("sweep-done")
+        assert page.our_errors() == [] and page.dialogs == []
+    with open_comfy() as page:  # another browser: the server's history tells
+        page.load(json.loads((ROOT / "example_workflows" / "LoraGraft Sweep.json").read_text("utf-8")))
+        page.frame()
+        page.wait("phase(a[0]) === 'done' && probe.lines(a[0]) === 4", train)
+
+
 def test_cancel_and_continue(open_comfy: Open) -> None:
     with open_comfy() as page:
         train, _ = open_demo(page, "cancelled", 2000)

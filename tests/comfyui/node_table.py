@@ -38,10 +38,15 @@ NODES: dict[str, tuple[str, str, list[str], list[str]]] = {
         ["train_set", "name", "format", "quality", "relative"],
         ["STRING", "STRING"],
     ),
+    "LoraGraftSweep": ("Sweep", "LoraGraft/train", ["sweep"], ["LORAGRAFT_SWEEP"]),
     "LoraGraftTrainLoRA": (
         "Train LoRA",
         "LoraGraft/train",
-        ["model", "clip", "vae", "train_set", *widgets.TRAIN_COMMON, *widgets.TRAIN_ADVANCED, "existing_run"],
+        [
+            *("model", "clip", "vae", "train_set", *widgets.TRAIN_COMMON),
+            *(n for n in widgets.TRAIN_ADVANCED if n not in widgets.TRAIN_LATER),
+            *("existing_run", "attention", "base_storage", "memory", "blocks_to_swap", "sweep"),
+        ],
         ["LORA_MODEL", "MODEL", "CLIP", "LOSS_MAP", "STRING", "STRING", "LORAGRAFT_CHECKPOINTS"],
     ),
     "LoraGraftPreviewWithLoRA": (

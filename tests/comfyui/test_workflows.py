@@ -17,6 +17,7 @@ MADE = {
     workflows.DEMO_NAME: workflows.demo_workflow,
     workflows.SD15_NAME: workflows.sd15_workflow,
     workflows.DATASET_NAME: workflows.dataset_workflow,
+    workflows.SWEEP_NAME: workflows.sweep_workflow,
 }
 
 
@@ -87,6 +88,21 @@ def test_the_demo_workflow_runs(server: Comfy, info: dict[str, Any]) -> None:
     assert outputs[ids["LoraGraftTrainLoRA"]]["loragraft"][0]["step"] == 2
     assert outputs[ids["LoraGraftPreviewWithLoRA"]]["images"]
     assert "bucket" in outputs[ids["PreviewAny"]]["text"][0]
+    assert "not loaded" not in server.log[before:].lower()
+
+
+def test_the_sweep_workflow_runs(server: Comfy, info: dict[str, Any]) -> None:
+    workflow = read(workflows.SWEEP_NAME)
+    graph = workflows.to_prompt(workflow, info)
+    ids = {n["class_type"]: i for i, n in graph.items()}
+    graph[ids["LoraGraftTrainLoRA"]]["inputs"] |= {"max_train_steps": 2, "output_name": "workflow_sweep"}
+    graph[ids["LoraGraftPreviewWithLoRA"]]["inputs"] |= {"steps": 2}
+    before = len(server.log)
+    outputs = server.run(graph, workflow)
+    done = outputs[ids["LoraGraftTrainLoRA"]]["loragraft"][0]
+    assert [run["step"] for run in done["runs"]] == [2] * 4
+    rows = outputs[ids["LoraGraftPreviewWithLoRA"]]["loragraft"][0]["rows"]
+    assert [row["lora"] for row in rows] == [None, *(run["file"] for run in done["runs"])]
     assert "not loaded" not in server.log[before:].lower()
 
 

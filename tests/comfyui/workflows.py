@@ -24,6 +24,7 @@ GROUP_COLORS = ("#3f789e", "#8A8", "#a1309b")
 DEMO_NAME = "LoraGraft Demo"
 SD15_NAME = "LoraGraft SD1.5"
 DATASET_NAME = "LoraGraft Dataset"
+SWEEP_NAME = "LoraGraft Sweep"
 
 DEMO_NOTE = """## From images to a LoRA in one graph
 
@@ -50,6 +51,19 @@ name into **Load Image Folder**.
 
 Cancel keeps the work, and running again continues. In **Preview with LoRA** look for the strength \
 and step at which the subject is right and a prompt without the trigger word is still free of it.
+"""
+
+
+SWEEP_NOTE = """## Which settings? Try several at once
+
+Press **Run**: four LoRAs are trained side by side on one base model, and one grid compares them.
+
+1. **Sweep** lists the values to try, one setting of Train LoRA per line. Each is tried with every value \
+of the other lines; settings joined by `/` change together.
+2. **Train LoRA** draws a line for each run. **Cancel keeps the work** of all; run again to continue.
+3. **Preview with LoRA** gets the names of all four files, and draws a row for each.
+
+Unlink **Sweep** to train one LoRA with the settings of the node.
 """
 
 
@@ -123,6 +137,35 @@ def demo_workflow(info: Info) -> Workflow:
     return sheet.workflow()
 
 
+def sweep_workflow(info: Info) -> Workflow:
+    """Return the workflow of a sweep: the demo's base and images, four short runs, one grid."""
+    name = creature(HERO_SEED).name
+    train = {
+        **demo_run.TRAINING,
+        "output_name": f"sweep_{name}",
+        "max_train_steps": 100,
+        "save_every_n_steps": 0,
+        "preview_image": False,
+    }
+    preview = {
+        "prompts": f"{name}, large, blue background\n{name}, large, yellow background\n"
+        "large red circle, white background",
+        "seeds": "11",
+        "strengths": "0, 1",
+        "steps": demo_run.DRAWING.steps,
+        "cfg": demo_run.DRAWING.cfg,
+        "width": demo_run.DRAWING.size[1],
+        "height": demo_run.DRAWING.size[0],
+    }
+    sheet = _Sheet(info, "b1f3d1f0-7a39-4c0e-9c55-64b7f2a9e4d3", SWEEP_NOTE)
+    base = sheet.add("LoraGraftLoadDemoBase", (40, 500), (300, 90))
+    values = {"sweep": "learning_rate: 3e-4, 3e-3\nnetwork_dim: 4, 32 / network_alpha: 4, 32"}
+    sweep = sheet.add("LoraGraftSweep", (400, 1690), (440, 130), values)
+    training = _rest(sheet, base, {"path": "[demo]"}, demo_run.DATASET, train, preview, checkpoints=False)
+    sheet.link(sweep, 0, training, "sweep")
+    return sheet.workflow()
+
+
 def sd15_workflow(info: Info) -> Workflow:
     """Return the workflow for any SD1.x checkpoint, with settings that suit a character."""
     train = {
@@ -168,7 +211,10 @@ def _rest(
     build: dict[str, Any],
     train: dict[str, Any],
     preview: dict[str, Any],
-) -> None:
+    *,
+    checkpoints: bool = True,
+) -> int:
+    """Add all behind the base, down to the grid; return Train LoRA."""
     images = sheet.add("LoraGraftLoadImageFolder", (40, 680), (300, 240), folder)
     dataset = sheet.add("LoraGraftBuildDataset", (40, 960), (300, 560), build)
     report = sheet.add("PreviewAny", (40, 1580), (300, 240))
@@ -181,10 +227,12 @@ def _rest(
         sheet.link(base, slot, grid, name)
     sheet.link(dataset, 0, training, "train_set")
     sheet.link(training, 4, grid, "lora_name")
-    sheet.link(training, 6, grid, "checkpoints")
+    if checkpoints:
+        sheet.link(training, 6, grid, "checkpoints")
     sheet.group("1  Base and images", (20, 440, 340, 1400))
     sheet.group("2  Train", (380, -30, 480, 1870))
     sheet.group("3  Test", (880, -30, 600, 1870))
+    return training
 
 
 class _Sheet:

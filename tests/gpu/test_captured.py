@@ -62,15 +62,33 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_fifty_captured_steps_are_fifty_eager_ones(
+def test_fifty_fused_and_captured_steps_are_fifty_eager_ones(
     base: api.Base, train_set: api.TrainSet, tmp_path: Path, variant: str
 ) -> None:
     options = {**VARIANTS[variant], "mixed_precision": "fp32"}
     eager, _ = train(base, train_set, tmp_path / "eager", engine="eager", **options)
-    captured, events = train(base, train_set, tmp_path / "captured", engine="captured", **options)
-    assert not [e.text for e in runs.of(events, api.Note) if "not captured" in e.text]
-    assert any("captured steps" in line for line in runs.of(events, api.Planned)[0].lines)
-    assert captured.losses == pytest.approx(eager.losses, rel=1e-4)
+    for engine in ("fused", "captured"):
+        found, events = train(base, train_set, tmp_path / engine, engine=engine, **options)
+        assert not [e.text for e in runs.of(events, api.Note) if "not captured" in e.text]
+        assert any(f"{engine} steps" in line for line in runs.of(events, api.Planned)[0].lines)
+        assert found.losses == pytest.approx(eager.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["fused", "captured"])
+def test_runs_side_by_side_learn_what_they_learn_alone(
+    base: api.Base, train_set: api.TrainSet, tmp_path: Path, engine: str
+) -> None:
+    common = {"max_train_steps": 20, "preview_image": False, "mixed_precision": "fp32", "engine": engine}
+    jobs = [{"learning_rate": 1e-3}, {"learning_rate": 3e-3, "network_dim": 6}, {"seed": 7}]
+    pairs = [
+        (train_set, runs.settings(output_name=f"run{n}", **{**common, **job})) for n, job in enumerate(jobs)
+    ]
+    places = api.Places(tmp_path / "runs", tmp_path / "loras", tmp_path / "cache")
+    events = api.train_together(base, pairs, places=places, device="cuda")
+    many = {number: event for number, event in events if isinstance(event, api.Finished)}
+    for number, job in enumerate(jobs):
+        alone, _ = train(base, train_set, tmp_path / f"alone{number}", **{**common, **job})
+        assert many[number].losses == pytest.approx(alone.losses, rel=1e-4)
 
 
 def test_bf16_follows_its_eager_self(base: api.Base, train_set: api.TrainSet, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { MAX_POINTS, extent, logTicks, nearest, path, scale, short, smooth, thin, ticks } from "../../js/chart.js";
+import { MAX_POINTS, extent, hue, logTicks, nearest, path, scale, short, smooth, thin, ticks } from "../../js/maths.js";
 
 const wave = (n) => Array.from({ length: n }, (_, i) => ({ x: i + 1, loss: Math.sin(i / 7) + 2 }));
 
@@ -83,4 +83,10 @@ test("a path breaks where a value cannot be drawn", () => {
 
 test("short numbers", () => {
   assert.deepEqual([0.08431, 1e-4, 9.27e-5, 0, 12.345, 250000, NaN, 1].map(short), ["0.0843", "1e-4", "9.3e-5", "0", "12.3", "2.5e5", "-", "1"]);
+});
+
+test("many lines have colours of their own, the same ones every time", () => {
+  const colours = Array.from({ length: 64 }, (_, n) => hue(n));
+  assert.equal(new Set(colours).size, 64);
+  assert.ok(colours.every((c) => /^hsl\(\d{1,3} 62% 56%\)$/.test(c)));
 });

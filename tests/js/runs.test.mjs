@@ -64,6 +64,67 @@ test("another finished run returned at once replaces the one shown; the same pay
   assert.deepEqual([run.points.length, stepsOf(run), run.reused], [2, [2], true]);
 });
 
+const RUNS = [1, 2, 3].map((seed) => ({ name: `cat_seed${seed}`, label: `seed ${seed}` }));
+const laneSteps = (run, from, to, total = 10) => steps(from, to).map((step) => ({ ...step, total, run }));
+
+test("a sweep's runs have a line each, and their steps add up", () => {
+  const run = apply(newRun(), { kind: "sweep", runs: RUNS });
+  assert.deepEqual([run.phase, run.many.map((lane) => lane.label)], ["preparing", ["seed 1", "seed 2", "seed 3"]]);
+  for (const i of [0, 1, 2]) apply(run, { kind: "plan", run: i, total_steps: 10, first_step: 0, lines: ["4 images"] });
+  apply(run, { kind: "cache", run: 0, what: "images", done: 1, total: 4 });
+  assert.equal(run.phase, "encoding");
+  apply(run, { kind: "step", steps: [...laneSteps(0, 1, 4), ...laneSteps(1, 1, 3), ...laneSteps(2, 1, 3)], pace: 0.5, left: 10 });
+  assert.deepEqual([run.phase, run.step, run.total, progress(run)], ["training", 10, 30, 1 / 3]);
+  assert.deepEqual(run.many.map((lane) => lane.points.length), [4, 3, 3]);
+  assert.deepEqual([timing(run), run.points.length], [{ pace: 0.5, left: 10 }, 0]);
+  apply(run, { kind: "sample", run: 1, step: 3, prompt: "a", filename: "x.png", type: "temp" });
+  assert.equal(run.samples[0].label, "seed 2");
+  apply(run, { kind: "save", run: 1, step: 3, zero_tensors: 2, num_tensors: 4 });
+  assert.deepEqual([run.saves, run.many[1].saves], [[], [{ step: 3, zero: 2, total: 4 }]]);
+  apply(run, { kind: "failed", run: 1, error: "LG-RUN-004  no number" });
+  assert.deepEqual([run.many[1].phase, run.many[1].error, run.total], ["failed", "LG-RUN-004  no number", 23]);
+  apply(run, { kind: "finished", run: 0, file: "cat_seed1.safetensors", step: 10 });
+  assert.deepEqual([run.many[0].phase, run.many[0].step, run.phase], ["done", 10, "training"]);
+});
+
+test("a sweep that continues keeps its lines up to the checkpoint; another one begins with none", () => {
+  const run = apply(newRun(), { kind: "sweep", runs: RUNS });
+  apply(run, { kind: "step", steps: [...laneSteps(0, 1, 6), ...laneSteps(1, 1, 6)] });
+  end(run, "stopped");
+  apply(run, { kind: "sweep", runs: [RUNS[1], { name: "new", label: "seed 9" }] });
+  assert.deepEqual(run.many.map((lane) => lane.points.length), [6, 0]);
+  apply(run, { kind: "plan", run: 0, total_steps: 10, first_step: 4 });
+  assert.deepEqual([run.many[0].points.length, run.many[0].step, run.step], [4, 4, 4]);
+  apply(run, { kind: "plan", total_steps: 5, first_step: 0 });
+  assert.deepEqual([run.many, run.total], [[], 5], "a single run again");
+});
+
+const ENDED = {
+  file: "cat_seed1.safetensors\ncat_seed3.safetensors", trigger: "cat", step: 12, total_steps: 15, losses: [], saves: [],
+  runs: [
+    { ...RUNS[0], file: "cat_seed1.safetensors", step: 5, total_steps: 5, losses: [[1, 3], [5, 2]] },
+    { ...RUNS[1], file: "", error: "LG-RUN-004  no number", step: 2, total_steps: 5, losses: [[1, 3], [2, 2]] },
+    { ...RUNS[2], file: "cat_seed3.safetensors", step: 5, total_steps: 5, losses: [[1, 3], [5, 2]] },
+  ],
+};
+
+test("the last output alone restores a sweep, and a reload keeps it", () => {
+  const run = finish(newRun(), ENDED);
+  assert.deepEqual([run.phase, run.many.map((lane) => lane.phase)], ["done", ["done", "failed", "done"]]);
+  assert.deepEqual([run.step, run.total, run.many[1].error], [12, 12, "LG-RUN-004  no number"]);
+  const back = unpack(pack(new Map([["w/4", run]]))).get("w/4");
+  assert.deepEqual(back.many.map((lane) => lane.points.map((p) => p.x)), [[1, 5], [1, 2], [1, 5]]);
+  finish(back, { file: "one.safetensors", losses: [[1, 1]] });
+  assert.deepEqual([back.many, back.points.length], [[], 1], "a single run's output is that of one run");
+});
+
+test("a page that missed the beginning of a sweep shows what comes", () => {
+  const run = apply(newRun(), { kind: "step", steps: laneSteps(2, 5, 6) });
+  assert.deepEqual(run.many.map((lane) => [lane.label, lane.points.length]), [["1", 0], ["2", 0], ["3", 2]]);
+  for (const odd of [64, -1, 1.5, "0", null, NaN, [0]]) apply(run, { kind: "step", run: odd, steps: [{ step: 1, loss: 1, run: odd }] });
+  assert.equal(run.many.length, 3);
+});
+
 test("stop and failure", () => {
   const run = apply(newRun(), { kind: "step", steps: steps(1, 3) });
   assert.equal(end(run, "stopped").phase, "stopped");
@@ -89,11 +150,15 @@ test("queueing again shows at once that work begins, and does not mix the old ru
 
 test("no message can break a run: wrong kinds, wrong types, huge lists", () => {
   const odd = [undefined, null, NaN, Infinity, -1, "<img src=x onerror=alert(1)>", {}, [], [[]], true, "9".repeat(99999)];
-  const kinds = ["plan", "cache", "step", "sample", "save", "note", "done", "toString", "__proto__", undefined];
+  const kinds = ["sweep", "plan", "cache", "step", "sample", "save", "note", "finished", "failed", "done", "toString", "__proto__", undefined];
   const fields = ["total_steps", "first_step", "lines", "what", "done", "total", "steps", "step", "loss", "lr", "seconds", "prompt",
-    "filename", "subfolder", "type", "zero_tensors", "text", "file", "losses", "saves", "trigger", "samples", "lrs", "notes"];
+    "filename", "subfolder", "type", "zero_tensors", "text", "file", "losses", "saves", "trigger", "samples", "lrs", "notes", "run", "runs", "error", "pace", "left"];
   const run = newRun();
-  for (const kind of kinds) for (const field of fields) for (const value of odd) apply(run, { kind, [field]: value });
+  for (const kind of kinds) for (const field of fields) for (const value of odd) {
+    apply(run, { kind, [field]: value });
+    apply(run, { kind, run: 1, [field]: value });
+    apply(run, { kind, runs: [value, { name: value, label: value, losses: value, saves: value, file: value, error: value }] });
+  }
   for (const value of odd) apply(run, value);
   for (let i = 0; i < 500; i++) {
     apply(run, { kind: "note", text: "n" });
@@ -103,6 +168,8 @@ test("no message can break a run: wrong kinds, wrong types, huge lists", () => {
   assert.ok(run.points.length <= 4000 && run.notes.length <= 200 && run.samples.length <= 24);
   assert.ok(run.points.every((p) => Number.isFinite(p.x) && Number.isFinite(p.loss) && Number.isFinite(p.smooth)));
   assert.equal(typeof run.file, "string");
+  assert.ok(run.many.length <= 64 && run.many.every((lane) => [lane.label, lane.file, lane.error].every((t) => typeof t === "string")));
+  assert.ok(run.many.every((lane) => Number.isFinite(lane.step) && Number.isFinite(lane.total) && lane.points.every((p) => Number.isFinite(p.smooth))));
   assert.ok([run.step, run.total, run.seconds, progress(run)].every(Number.isFinite));
 });
 

@@ -85,6 +85,34 @@ def test_seeds_refused(text: str) -> None:
     assert caught.value.code == "LG-NODE-011"
 
 
+def test_finished_files_are_labelled_by_name_and_a_single_one_is_final() -> None:
+    def shown(*names: str) -> list[str]:
+        return [w.label for w in axes.finished([Path("loras") / f"{n}.safetensors" for n in names])]
+
+    assert shown("cat_learning_rate1e-4") == ["final"]
+    assert shown("cat", "dog") == ["cat", "dog"]
+    assert shown("cat_seed1", "cat_seed2") == ["cat_seed1", "cat_seed2"], "short ones stay whole"
+    assert shown("my_cat_learning_rate1e-4_seed1", "my_cat_learning_rate3e-4_seed1") == [
+        "learning_rate1e-4_seed1",
+        "learning_rate3e-4_seed1",
+    ]
+    assert [w.path.name for w in axes.finished([Path("a.safetensors"), Path("b.safetensors")])] == [
+        "a.safetensors",
+        "b.safetensors",
+    ]
+
+
+def test_several_files_share_one_row_without_lora() -> None:
+    files = axes.finished([Path("a.safetensors"), Path("b.safetensors")])
+    assert table(axes.rows(files, "0, 0.5, 1", "same")) == [
+        (None, 0, 0),
+        ("a", 0.5, 0.5),
+        ("a", 1, 1),
+        ("b", 0.5, 0.5),
+        ("b", 1, 1),
+    ]
+
+
 def test_too_many_cells_are_refused() -> None:
     axes.check_size(10, 40, 1)
     with pytest.raises(LoraGraftError, match="LG-NODE-015"):

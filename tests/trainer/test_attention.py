@@ -24,9 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loragraft.trainer.engine import attention, attention_choice
 from loragraft.trainer.engine.attention import BACKENDS, Processor, restore_attention, use_attention
 from loragraft.trainer.engine.attention_choice import Choice, Shape, choose, largest_shapes, measured_ms
-from loragraft.trainer.engine.precision import enable_gradient_checkpointing
+from loragraft.trainer.engine.checkpointing import blocks, checkpoint_blocks
 from loragraft.trainer.errors import LoraGraftError
-from loragraft.trainer.parts import Parts
 from loragraft_tests.fuzz import cases
 from loragraft_tests.trainer import tiny
 
@@ -263,9 +262,7 @@ def test_gradient_checkpointing_changes_no_bit(name: str, xformers: None) -> Non
     parameters = with_lora(model)
     use_attention(model, name)
     expected = stepped(model, parameters)
-    enable_gradient_checkpointing(
-        Parts(model, nn.Identity(), nn.Identity(), None), denoiser=True, text_encoder=False
-    )
+    checkpoint_blocks(blocks(model))
     found = stepped(model, parameters)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
