@@ -26,7 +26,7 @@ PIP = $(PY) -m pip --disable-pip-version-check
 PYTEST = $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-comfy test-full test-gpu test-fuzz check check-deps bench bench-dataset fmt screenshots package
+.PHONY: help setup demo test test-comfy test-full test-gpu test-fuzz check check-deps bench bench-check bench-dataset bench-gpu bench-profile bench-together fmt screenshots package
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' Makefile | expand -t 14
@@ -83,8 +83,11 @@ check: $(VENV)/.ready  ## ruff, mypy, floors, what ships
 check-deps: $(VENV)/.ready  ## installing our requirements changes no package of ComfyUI's (network)
 	$(PYTEST) -m network tests/test_dependencies.py
 
-bench: $(VENV)/.ready  ## the benchmarks
+bench: $(VENV)/.ready  ## ours against its peers, by turns: the cases for this machine
 	$(PY) -m benchmarks.run
+
+bench-check: $(VENV)/.ready  ## fails if ours lost more than 5 % against the plain loop since the stored result
+	$(PY) -m benchmarks.gate
 
 fmt: $(VENV)/.ready  ## format, and fix what ruff can fix
 	$(PY) -m ruff check --fix-only .
@@ -92,6 +95,15 @@ fmt: $(VENV)/.ready  ## format, and fix what ruff can fix
 
 bench-dataset: $(VENV)/.ready  ## the dataset steps: against kohya's set-up, and one core against all
 	$(PY) -m benchmarks.dataset
+
+bench-gpu: $(VENV)/.ready  ## on a machine with a GPU: all measurements in ten minutes, one results file
+	$(PY) -m benchmarks.gpu
+
+bench-profile: $(VENV)/.ready  ## where a step of ours goes, and what it dispatches
+	$(PY) -m benchmarks.step_profile
+
+bench-together: $(VENV)/.ready  ## LoRAs side by side against one after the other
+	$(PY) -m benchmarks.together
 
 screenshots: $(VENV)/.ready $(HOST)  ## the README's pictures and the thumbnails, from the real page
 	$(PY) tests/browser/screenshots.py

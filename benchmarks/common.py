@@ -5,17 +5,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_IMAGES, REPEATS = 4, 100  # one epoch is longer than any run
+NUM_IMAGES, REPEATS = 4, 400  # one epoch is longer than any run, at batch 8 too
+REFUSED = 3  # exit status of a child whose trainer refused the settings
 
 
 @dataclass(frozen=True)
 class Work:
-    """One training job; ``text_encoder`` says whether the text encoder is trained beside the U-Net."""
+    """One training job; ``text_encoder`` says whether the text encoder is trained beside the U-Net.
+
+    ``settings`` are the variant's own: of our TrainConfig, or of a peer that has variants.
+    """
 
     checkpoint: str
     images: str
@@ -23,11 +28,11 @@ class Work:
     out: str
     steps: int
     resolution: int
-    text_encoder: bool
+    text_encoder: bool = False
     batch_size: int = 1
     device: str = "cpu"
     precision: str = "fp32"
-    engine: str = "auto"
+    settings: dict[str, Any] = field(default_factory=dict)
     rank: int = 32
     alpha: float = 16.0
     learning_rate: float = 1e-4
@@ -60,14 +65,31 @@ def load_by_path(name: str, file: Path) -> ModuleType:
     return sys.modules[name]
 
 
+# ---- what a child tells the parent, which holds the clock ----
+
+
 def say_step(step: int, total: int, loss: float) -> None:
-    """Tell the parent, which holds the clock, that a step is done."""
+    """Say that a step is done."""
     print(f"bench step {step}/{total} loss {loss:.8f}", flush=True)
 
 
 def say_versions(*packages: str) -> None:
-    """Tell the parent which versions ran."""
+    """Say which versions run."""
     from importlib.metadata import version
 
-    found = {"python": sys.version.split()[0], **{p: version(p) for p in packages}}
-    print("bench versions " + json.dumps(found), flush=True)
+    say_facts(versions={"python": sys.version.split()[0], **{p: version(p) for p in packages}})
+
+
+def say_facts(**facts: Any) -> None:
+    """Say something that is kept with the run: versions, what was planned, the allocator's peak."""
+    print("bench facts " + json.dumps(facts), flush=True)
+
+
+def say_gpu_peak(device: str) -> None:
+    """Say the most memory that torch's allocator gave out and held, in MiB, on a GPU."""
+    if device == "cpu":
+        return
+    import torch
+
+    peak = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    say_facts(torch_peak_mib={name: value / 2**20 for name, value in peak.items()})

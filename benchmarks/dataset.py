@@ -23,7 +23,7 @@ from typing import Any
 
 from . import kohya
 from .common import ROOT, pack
-from .run import HERE, machine
+from .machine import RESULTS, machine
 
 NUM_PHOTOS, NUM_KINDS, NUM_CONVERTED = 2000, 40, 200
 FRAMES, EVERY = 900, 30
@@ -264,7 +264,7 @@ def main() -> None:
         "ratios": ratios,
         "runs": found,
     }
-    file = HERE / "results" / f"{now:%Y-%m-%d}-{args.label}.json"
+    file = RESULTS / f"{now:%Y-%m-%d}-{args.label}.json"
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"kept in {file.relative_to(ROOT)}")
 

@@ -57,7 +57,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "model_max_length": 77}), "utf-8")
 
 
-def command(work: Work) -> list[str]:
+def command(work: Work, job: Path) -> list[str]:
     """Return the command line of the job, with kohya's options for the same work."""
     out = Path(work.out)
     tokenizers = out / "tokenizers"

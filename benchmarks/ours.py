@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .common import Work, pack, say_step, say_versions
+from .common import REFUSED, Work, pack, say_facts, say_gpu_peak, say_step, say_versions
 
 
 def main() -> None:
@@ -15,18 +15,29 @@ def main() -> None:
     from loragraft.trainer import api
 
     say_versions("torch", "diffusers", "transformers")
-    base = api.open_base(work.checkpoint, tokenizer=work.tokenizer)
-    data, config = settings(work)
-    train_set = api.build_train_set(api.scan_folder(work.images), data)
-    out = Path(work.out)
-    places = api.Places(runs=out / "runs", loras=out / "loras", cache=out / "cache")
-    for event in api.train(base, train_set, config, places=places, device=work.device):
-        if isinstance(event, api.Step):
-            say_step(event.step, event.total_steps, event.loss)
+    try:
+        base = api.open_base(work.checkpoint, tokenizer=work.tokenizer)
+        data, config = settings(work)
+        train_set = api.build_train_set(api.scan_folder(work.images), data)
+        out = Path(work.out)
+        places = api.Places(runs=out / "runs", loras=out / "loras", cache=out / "cache")
+        notes: list[str] = []
+        for event in api.train(base, train_set, config, places=places, device=work.device):
+            if isinstance(event, api.Step):
+                say_step(event.step, event.total_steps, event.loss)
+            elif isinstance(event, api.Planned):
+                say_facts(planned=event.lines)
+            elif isinstance(event, api.Note):
+                notes.append(event.text)
+                say_facts(notes=notes)
+    except api.LoraGraftError as error:
+        say_facts(refused=f"{error.code}: {error.what} {error.why}")
+        sys.exit(REFUSED)
+    say_gpu_peak(work.device)
 
 
 def settings(work: Work):  # type: ignore[no-untyped-def]
-    """Return the job as the trainer's two configs."""
+    """Return the job as the trainer's two configs; raises LoraGraftError for settings it does not have."""
     from loragraft.trainer import api
 
     return api.make_both(
@@ -42,9 +53,9 @@ def settings(work: Work):  # type: ignore[no-untyped-def]
             "lr_scheduler": "constant",
             "max_train_steps": work.steps,
             "mixed_precision": work.precision,
-            "engine": work.engine,
             "seed": work.seed,
             "preview_image": False,
+            **work.settings,
         }
     )
 

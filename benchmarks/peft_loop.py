@@ -1,15 +1,17 @@
-"""A peer: peft's LoRA in a plain diffusers loop, eager, float32. `python -m benchmarks.peft_loop JOB.json`.
+"""A peer: peft's LoRA in a plain diffusers loop, eager. `python -m benchmarks.peft_loop JOB.json`.
 
-It starts from our LoRA's start values and is fed our draws, so its losses must be ours, step by step:
-it is the check that our faster path computes the same function.
+It starts from our LoRA's start values and is fed our draws, so its losses must be ours, step by step: it
+is the check that our faster paths compute the same function. bf16 is done as diffusers' own example
+scripts do it: the base in bf16, the adapter in fp32, the forward pass under autocast.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
-from .common import Work, pack, say_step, say_versions
+from .common import Work, pack, say_gpu_peak, say_step, say_versions
 from .ours import settings
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
@@ -26,15 +28,18 @@ def main() -> None:
     from loragraft.trainer import api
     from loragraft.trainer.data.batches import plan_epoch
     from loragraft.trainer.data.cache import TensorCache
-    from loragraft.trainer.engine.precision import place, resolve
+    from loragraft.trainer.engine.precision import resolve
     from loragraft.trainer.inputs import Inputs
     from loragraft.trainer.objective import generator
 
     say_versions("torch", "diffusers", "transformers", "peft")
+    device = torch.device(work.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[work.precision]
     base = api.open_base(work.checkpoint, tokenizer=work.tokenizer)
     parts = base.load()
-    precision = resolve(work.precision, torch.device(work.device))
-    place(parts, precision)
+    parts.denoiser.to(device, dtype)
+    parts.text_encoder.to(device, dtype)
+    parts.vae.to(device, torch.float32)
     roots = {"denoiser": parts.denoiser}
     targets = {"denoiser": UNET_TARGETS}
     if work.text_encoder:
@@ -56,6 +61,9 @@ def main() -> None:
                 down.data.copy_((start * 2 - 1) * down[0].numel() ** -0.5)
                 trained += [down, module.lora_B["default"].weight]
 
+    def autocast() -> contextlib.AbstractContextManager[object]:
+        return torch.autocast(device.type, dtype) if work.precision != "fp32" else contextlib.nullcontext()
+
     data, config = settings(work)
     train_set = api.build_train_set(api.scan_folder(work.images), data)
     inputs = Inputs(
@@ -63,20 +71,23 @@ def main() -> None:
         parts,
         train_set,
         config,
-        precision,
+        resolve(work.precision, device),
         TensorCache(Path(work.out) / "cache"),
         work.text_encoder,
     )
     for _ in inputs.prepare():
         pass
+    del parts.vae  # encoded once; a loop that minds its memory lets go of what it needs no more
+    if not work.text_encoder:
+        del parts.text_encoder
     optimizer = torch.optim.AdamW(trained, lr=work.learning_rate)
     batches = plan_epoch(train_set, work.batch_size, work.seed, 0)
     for step in range(work.steps):
         fed = inputs.draw(step, 0, batches[step])
-        latents, noise, t, text = (x.to(work.device) for x in fed[:4])
+        latents, noise, t, text = (x.to(device) for x in fed[:4])
         noisy = base.family.schedule.add_noise(latents, noise, t)
-        cond = inputs.embed(text)
-        with precision.autocast():
+        with autocast():
+            cond = inputs.embed(text)
             pred = parts.denoiser(noisy, t, encoder_hidden_states=cond).sample
         loss = torch.nn.functional.mse_loss(pred.float(), noise)
         loss.backward()
@@ -84,6 +95,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         say_step(step + 1, work.steps, loss.item())
+    say_gpu_peak(work.device)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from .common import ROOT, load_by_path, pack
+from .common import NUM_IMAGES, REPEATS, ROOT, load_by_path, pack
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The files that every trainer reads."""
+
+    checkpoint: Path
+    images: Path
+    tokenizer: Path
+
+
+def prepare(folder: Path, resolution: int, shared: Path) -> Prepared:
+    """Write them in a process of its own, so that this one stays small.
+
+    The checkpoint is kept in LORAGRAFT_SCRATCH, else in ``shared``, and written once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = map(str, (resolution, NUM_IMAGES, REPEATS))
+    argv = [sys.executable, "-m", "benchmarks.prepare", str(folder), *sizes]
+    env = {"LORAGRAFT_SCRATCH": str(shared), **os.environ}
+    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env=env)
+    return Prepared(*map(Path, done.stdout.splitlines()[-3:]))
 
 
 def main() -> None:

@@ -13,30 +13,41 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-VERSIONS = re.compile(rb"bench versions (\{.*\})")
+from .common import REFUSED
+
+FACTS = re.compile(rb"bench facts (\{.*\})")
+OWN_STEP = re.compile(rb"bench step (\d+)/(\d+) loss (\S+)")
+WATCH_EVERY_S = 0.1
+
+
+class RefusedError(RuntimeError):
+    """The trainer refused the settings on this machine; the message says why."""
 
 
 @dataclass
 class Run:
     """What one process showed; lists hold one value a step after warm-up, ``losses`` one for every step.
 
-    ``own_mib`` is the largest resident memory at a step's end without mapped files, whose pages the
-    system takes back when it needs them. ``others`` counts the CPUs that other work on the machine took
-    meanwhile: above a few tenths, trust ``cpu_seconds`` (with one thread) more than ``seconds``.
+    ``peak_mib`` is all that was resident, ``own_mib`` the same without mapped files, whose pages the system
+    takes back when it needs them, ``gpu_mib`` what the GPU's memory grew by; each the most over the
+    whole life of the process. ``others`` counts the CPUs that other work on the machine took meanwhile:
+    above a few tenths, trust ``cpu_seconds`` (with one thread) more than ``seconds``.
     """
 
+    case: str
     trainer: str
-    variant: str
+    trained: str
     turn: int
-    versions: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     seconds_to_first_step: float = 0.0
     peak_mib: float = 0.0
     own_mib: float = 0.0
-    gpu_mib: float = 0.0  # most memory in use on the GPU meanwhile, all processes and the driver's own
+    gpu_mib: float = 0.0
     others: float = 0.0
 
     @property
@@ -50,6 +61,28 @@ class Run:
         return median(self.cpu_seconds)
 
 
+@dataclass
+class Seen:
+    """Steps as they appeared: step number -> clock, CPU seconds of the process, of the machine; losses."""
+
+    clock: dict[int, float] = field(default_factory=dict)
+    cpu: dict[int, float] = field(default_factory=dict)
+    machine: dict[int, float] = field(default_factory=dict)
+    losses: dict[int, float] = field(default_factory=dict)
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Return the environment of a trainer: its threads, no network."""
+    count = str(threads)
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+    }
+
+
 def measure(
     run: Run,
     argv: list[str],
@@ -61,70 +94,90 @@ def measure(
     log: Path,
     gpu: bool = False,
 ) -> None:
-    """Run one process to its end and fill in ``run``; raises RuntimeError with the log's end if it fails.
+    """Run one process to its end and fill in ``run``.
 
     ``pattern`` finds a step's number, the number of all steps and the loss in what the process prints.
+    Raises RefusedError where the trainer refused, RuntimeError with the log's end where it failed.
     """
-    env = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-    }
-    started = time.perf_counter()
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, cwd=cwd)
-    times: dict[int, float] = {}
-    cpu: dict[int, float] = {}
-    machine: dict[int, float] = {}
-    losses: dict[int, float] = {}
-    watch = _GpuMemory(gpu)
-    for now, line in _lines(process, log):
-        if found := VERSIONS.search(line):
-            run.versions = json.loads(found[1])
-        if not (found := pattern.search(line)) or int(found[1]) == 0:
-            continue
-        step = int(found[1])
-        if step not in times:
-            times[step], cpu[step], machine[step] = now, cpu_time(process.pid), cpu_time()
-            run.peak_mib, own = memory(process.pid)
-            run.own_mib = max(run.own_mib, own)
-        if found[3]:
-            losses[step] = float(found[3])
-    run.gpu_mib = watch.stop()
-    if process.wait() != 0 or len(times) < 2 or max(times) < warmup + 2:
+    started, seen = time.perf_counter(), Seen()
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(threads), cwd=cwd
+    )
+    watch = _Memory(process.pid, gpu)
+    try:
+        for now, line in _lines(process, log):
+            take(seen, run.facts, pattern, line, now, process.pid)
+        status = process.wait()
+    finally:
+        process.kill()
+        watch.stop()
+    run.peak_mib, run.own_mib, run.gpu_mib = watch.peak_mib, watch.own_mib, watch.gpu_mib
+    if status == REFUSED and "refused" in run.facts:
+        raise RefusedError(run.facts["refused"])
+    if status != 0 or max(seen.clock, default=0) < warmup + 2:
         raise RuntimeError(f"{run.trainer} failed, see {log}:\n{log.read_text('utf-8', 'replace')[-3000:]}")
-    run.seconds_to_first_step = times[min(times)] - started
-    # A progress bar that is redrawn more seldom than steps are taken shows some of them only.
-    shown = [n for n in sorted(times) if n >= max(1, warmup)]
-    first, last = shown[0], shown[-1]
+    run.seconds_to_first_step = seen.clock[min(seen.clock)] - started
+    count_steps(run, seen, warmup)
+
+
+def take(
+    seen: Seen, facts: dict[str, Any], pattern: re.Pattern[bytes], line: bytes, now: float, pid: int | None
+) -> None:
+    """Take what one line of a trainer's output tells: facts, or that a step is done."""
+    if found := FACTS.search(line):
+        facts.update(json.loads(found[1]))
+    if not (found := pattern.search(line)) or int(found[1]) == 0:
+        return
+    step = int(found[1])
+    if step not in seen.clock:
+        seen.clock[step] = now
+        seen.cpu[step], seen.machine[step] = (cpu_time(pid), cpu_time()) if pid else (0.0, 0.0)
+    if found[3]:
+        seen.losses[step] = float(found[3])
+
+
+def count_steps(run: Run, seen: Seen, warmup: int) -> None:
+    """Fill in what the steps after ``warmup`` took.
+
+    A progress bar that is redrawn more seldom than steps are taken shows some of them only: what lies
+    between two shown ones is shared out evenly.
+    """
+    shown = [n for n in sorted(seen.clock) if n >= max(1, warmup)]
     for n, m in pairwise(shown):
-        run.seconds += [(times[m] - times[n]) / (m - n)] * (m - n)
-        run.cpu_seconds += [(cpu[m] - cpu[n]) / (m - n)] * (m - n)
-    others = (machine[last] - machine[first]) - (cpu[last] - cpu[first])
-    run.others = others / (times[last] - times[first])
-    run.losses = [losses[n] for n in sorted(losses)]
+        run.seconds += [(seen.clock[m] - seen.clock[n]) / (m - n)] * (m - n)
+        run.cpu_seconds += [(seen.cpu[m] - seen.cpu[n]) / (m - n)] * (m - n)
+    first, last = shown[0], shown[-1]
+    others = (seen.machine[last] - seen.machine[first]) - (seen.cpu[last] - seen.cpu[first])
+    run.others = others / max(seen.clock[last] - seen.clock[first], 1e-9)
+    run.losses = run.facts.pop("losses", None) or [seen.losses[n] for n in sorted(seen.losses)]
 
 
-class _GpuMemory:
-    """Ask the driver for the memory in use until stopped: the same measure for every trainer."""
+class _Memory:
+    """Read a process's memory, and the GPU's, until stopped: the same measure for every trainer."""
 
-    def __init__(self, wanted: bool) -> None:
-        self.peak, self._stop = 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._ask, daemon=True)
-        if wanted:
-            self._thread.start()
+    def __init__(self, pid: int, gpu: bool) -> None:
+        self.pid, self.peak_mib, self.own_mib, self.gpu_mib = pid, 0.0, 0.0, 0.0
+        self._before = gpu_memory() if gpu else 0.0
+        self._gpu, self._stop = gpu, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
 
-    def stop(self) -> float:
-        """Return the most that was seen, in MiB."""
+    def stop(self) -> None:
         self._stop.set()
-        return self.peak
+        self._thread.join()
 
-    def _ask(self) -> None:
-        argv = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        while not self._stop.wait(0.25):
-            done = subprocess.run(argv, capture_output=True, text=True)
-            self.peak = max(self.peak, float(done.stdout.split()[0]))
+    def _watch(self) -> None:
+        while not self._stop.wait(WATCH_EVERY_S):
+            peak, own = memory(self.pid)
+            self.peak_mib, self.own_mib = max(self.peak_mib, peak), max(self.own_mib, own)
+            if self._gpu:
+                self.gpu_mib = max(self.gpu_mib, gpu_memory() - self._before)
+
+
+def gpu_memory() -> float:
+    """Return the memory in use on the first GPU as its driver counts it, in MiB."""
+    argv = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return float(subprocess.run(argv, capture_output=True, text=True).stdout.split()[0])
 
 
 def _lines(process: subprocess.Popen[bytes], log: Path) -> Iterator[tuple[float, bytes]]:
@@ -139,8 +192,10 @@ def _lines(process: subprocess.Popen[bytes], log: Path) -> Iterator[tuple[float,
             now = time.perf_counter()
             copy.write(chunk)
             *lines, rest = re.split(rb"[\r\n]", rest + chunk)
-            for line in [*lines, rest]:
+            for line in lines:
                 yield now, line
+            if rest and not rest.startswith(b"bench "):  # our own lines end with a line break
+                yield now, rest
 
 
 def memory(pid: int) -> tuple[float, float]:

@@ -1,182 +1,174 @@
 """Our trainer against its peers: the same work on the same machine, by turns. `make bench`.
 
 Each turn starts every trainer once as a process of its own; the parent holds the clock and reads the
-steps that they print (kohya's own progress bar). Steps count after warm-up; loading, caching and
-saving do not. A peer that is not there is skipped with a word: kohya needs LORAGRAFT_KOHYA and
-LORAGRAFT_KOHYA_PYTHON, the other one `pip install peft`. LORAGRAFT_SCRATCH keeps the random full-size
-checkpoint (2.1 GB) for the next time.
+steps that they print (a peer's own progress bar). Steps count after warm-up; loading, caching and saving
+do not. A peer that is not there is skipped with a word, and a table without its peers does not count;
+README.md lists what each needs. LORAGRAFT_SCRATCH keeps the random full-size checkpoint for the next time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
-import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from . import kohya
-from .common import NUM_IMAGES, REPEATS, ROOT, Work
-from .process import Run, measure
+from . import comfyui, kohya, onetrainer
+from .cases import CASES, COMFYUI_VARIANTS, ENGINES, PEERS, TRAINED, VARIANTS, Case
+from .ceiling import ceiling_of
+from .common import ROOT, Work
+from .machine import Results, has_gpu
+from .prepare import Prepared, prepare
+from .process import OWN_STEP, RefusedError, Run, measure
+from .report import TOLERANCES, check, lines_of, missing_peers, table
 
-HERE = Path(__file__).resolve().parent
-
-OWN_STEP = re.compile(rb"bench step (\d+)/(\d+) loss (\S+)")
-VARIANTS = {"unet": False, "unet+text": True}
-TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}  # ours against the plain loop, relative, each step
-SAME_SIZE = 0.25  # mean loss of a trainer with other random draws, relative
-
-
-Trainer = tuple[Callable[[Work, Path], list[str]], re.Pattern[bytes]]
+NOTE = "captions are encoded once, by kohya in each step; ComfyUI's node trains more layers than the others"
 
 
-def trainers(on_gpu: bool = False) -> dict[str, Trainer]:
-    """Return what can run here: name -> (command line for a job, pattern of its steps); says what cannot."""
+@dataclass(frozen=True)
+class Trainer:
+    """How to start a trainer for a job, what finds its steps, and where it runs."""
 
-    def own(script: str) -> Callable[[Work, Path], list[str]]:
-        return lambda work, job: [sys.executable, "-m", f"benchmarks.{script}", str(work.write(job))]
-
-    def engine(name: str) -> Callable[[Work, Path], list[str]]:
-        return lambda work, job: own("ours")(replace(work, engine=name), job)
-
-    found = {"ours": (own("ours"), OWN_STEP)}
-    if on_gpu:
-        found["ours eager"] = (engine("eager"), OWN_STEP)
-    if reason := kohya.missing():
-        print(f"without kohya: {reason}")
-    else:
-        found["kohya"] = (lambda work, job: kohya.command(work), kohya.STEP)
-    if subprocess.run([sys.executable, "-c", "import peft"], capture_output=True).returncode:
-        print("without peft + plain loop: peft is not installed")
-    else:
-        found["peft loop"] = (own("peft_loop"), OWN_STEP)
-    return found
+    command: Callable[[Work, Path], list[str]]
+    pattern: re.Pattern[bytes] = OWN_STEP
+    folder: Callable[[], Path] = lambda: ROOT
+    versions: Callable[[], dict[str, str]] = dict
+    settings: dict[str, Any] = field(default_factory=dict)
+    ours: bool = False
 
 
-def run_one(run: Run, work: Work, trainer: Trainer, warmup: int, threads: int) -> None:
-    """Run one trainer once and fill in ``run``."""
-    command, pattern = trainer
-    out = Path(work.out)
-    kohyas = run.trainer == "kohya"
-    measure(
-        run,
-        command(work, out / "job.json"),
-        pattern,
-        cwd=kohya.folder() if kohyas else ROOT,
-        warmup=warmup,
-        threads=threads,
-        log=out / "log",
-        gpu=work.device != "cpu",
-    )
-    if kohyas:
-        run.versions = kohya.versions()
+def _script(name: str) -> Callable[[Work, Path], list[str]]:
+    return lambda work, job: [sys.executable, "-m", f"benchmarks.{name}", str(work.write(job))]
 
 
-def check(runs: list[Run], tolerance: float) -> list[str]:
-    """Say what the losses show; a line that starts with WRONG is a failure."""
-    lines = []
-    for variant in dict.fromkeys(r.variant for r in runs):
-        by_trainer = {r.trainer: r for r in runs if r.variant == variant and r.turn == 0}
-        for name, run in by_trainer.items():
-            if not run.losses or not all(map(math.isfinite, run.losses)):
-                lines.append(f"WRONG {variant}: {name} has losses that are not finite")
-        ours = by_trainer.get("ours")
-        if ours and (plain := by_trainer.get("peft loop")):
-            worst = max(abs(a - b) / abs(b) for a, b in zip(ours.losses, plain.losses, strict=True))
-            word = "ok" if worst <= tolerance else "WRONG"
-            lines.append(
-                f"{word} {variant}: losses differ from the plain loop's by {worst:.1e} (relative, at most)"
+def _no_peft() -> str | None:
+    done = subprocess.run([sys.executable, "-c", "import peft"], capture_output=True)
+    return "peft is not installed" if done.returncode else None
+
+
+KOHYA = Trainer(kohya.command, kohya.STEP, kohya.folder, kohya.versions)
+ONETRAINER = Trainer(onetrainer.command, onetrainer.STEP, onetrainer.folder, onetrainer.versions)
+# name -> (how it runs, what says why it cannot)
+PEER_TABLE: dict[str, tuple[Trainer, Callable[[], str | None]]] = {
+    "kohya": (KOHYA, kohya.missing),
+    "peft loop": (Trainer(_script("peft_loop")), _no_peft),
+    **{
+        name: (Trainer(comfyui.command, comfyui.STEP, comfyui.folder, settings=settings), comfyui.missing)
+        for name, settings in COMFYUI_VARIANTS.items()
+    },
+    "onetrainer": (ONETRAINER, onetrainer.missing),
+}
+
+
+def trainers(names: Sequence[str]) -> tuple[dict[str, Trainer], dict[str, str]]:
+    """Return which of ``names`` can run here, and why the others cannot."""
+    found: dict[str, Trainer] = {}
+    absent: dict[str, str] = {}
+    for name in names:
+        if name in VARIANTS:
+            found[name] = Trainer(_script("ours"), settings=VARIANTS[name], ours=True)
+            continue
+        trainer, missing = PEER_TABLE[name]
+        if reason := missing():
+            absent[name] = reason
+            print(f"without {name}: {reason}", flush=True)
+        else:
+            found[name] = trainer
+    return found, absent
+
+
+class Bench:
+    """The runs of one case: all trainers, turn by turn; ``result`` is what is kept of it so far."""
+
+    def __init__(self, name: str, case: Case, prepared: Prepared, scratch: Path, threads: int) -> None:
+        self.name, self.case, self.prepared, self.threads = name, case, prepared, threads
+        self.scratch, self.turns = scratch, 0
+        self.runs: list[Run] = []
+        self.left_out: dict[str, str] = {}
+        self.ceiling: dict[str, float] | None = None
+
+    def turn(
+        self, chosen: dict[str, Trainer], trained: Sequence[str], keep: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Run every trainer once, another one first each time; ``keep`` gets the result after each run."""
+        shift = self.turns % max(1, len(chosen))
+        order = [*list(chosen)[shift:], *list(chosen)[:shift]]
+        for what in trained:
+            for name in order:
+                if name not in self.left_out:
+                    self.run(name, chosen[name], what)
+                    keep(self.result())
+        self.turns += 1
+
+    def run(self, name: str, trainer: Trainer, trained: str) -> None:
+        """Run one trainer once; a variant of ours that is refused here is left out with its reason."""
+        out = self.scratch / f"{self.name}-{len(self.runs)}-{len(self.left_out)}"
+        out.mkdir(parents=True)
+        work = Work(
+            *map(str, (self.prepared.checkpoint, self.prepared.images, self.prepared.tokenizer, out)),
+            self.case.steps,
+            self.case.resolution,
+            TRAINED[trained],
+            self.case.batch_size,
+            self.case.device,
+            self.case.precision,
+            trainer.settings,
+        )
+        run = Run(self.name, name, trained, self.turns)
+        run.facts["versions"] = trainer.versions()
+        try:
+            measure(
+                run,
+                trainer.command(work, out / "job.json"),
+                trainer.pattern,
+                cwd=trainer.folder(),
+                warmup=self.case.warmup,
+                threads=self.threads,
+                log=out / "log",
+                gpu=self.case.device != "cpu",
             )
-        if ours and (other := by_trainer.get("kohya")):
-            a, b = sum(ours.losses) / len(ours.losses), other.losses[-1]  # kohya's bar shows the mean so far
-            word = "ok" if abs(a - b) <= SAME_SIZE * b else "WRONG"
-            lines.append(f"{word} {variant}: mean loss {a:.3f}, kohya's {b:.3f} (other random draws)")
-    return lines
+        except RefusedError as error:
+            if name == "ours":
+                raise
+            self.left_out[name] = str(error)
+            print(f"{self.name} without {name}: {error}", flush=True)
+            return
+        self.runs.append(run)
+        print(f"{self.name} turn {self.turns + 1} {trained} {name}: {run.step:.3f} s a step", flush=True)
+
+    def result(self) -> dict[str, Any]:
+        """Return what the runs so far show."""
+        rows = table(self.runs, self.ceiling)
+        return {
+            "work": {**asdict(self.case), "model": "SD1.5, random weights", "rank": Work.rank, "note": NOTE},
+            "ceiling": self.ceiling,
+            "missing_peers": missing_peers(rows, self.case.device),
+            "table": rows,
+            "checks": check(self.runs, TOLERANCES[self.case.precision]),
+            "left_out": self.left_out,
+            "runs": [asdict(run) for run in self.runs],
+        }
 
 
-def table(runs: list[Run]) -> list[dict[str, Any]]:
-    """Return one row per variant and trainer; ratios are ours over the peer in steps/s, turn by turn."""
-    rows = []
-    for variant, trainer in dict.fromkeys((r.variant, r.trainer) for r in runs):
-        mine = [r for r in runs if (r.variant, r.trainer) == (variant, trainer)]
-        ours = {r.turn: r for r in runs if (r.variant, r.trainer) == (variant, "ours")}
-        ratios = [r.step / ours[r.turn].step for r in mine if r.turn in ours]
-        cpu_ratios = [r.cpu_step / ours[r.turn].cpu_step for r in mine if r.turn in ours and r.cpu_step]
-        step = median(s for r in mine for s in r.seconds)
-        rows.append(
-            {
-                "variant": variant,
-                "trainer": trainer,
-                "steps_per_second": 1 / step,
-                "seconds_per_step": step,
-                "ours_over_this": median(ratios) if ratios else math.nan,
-                "ours_over_this_by_turn": ratios,
-                "cpu_seconds_per_step": median(s for r in mine for s in r.cpu_seconds),
-                "ours_over_this_by_cpu_time": median(cpu_ratios) if cpu_ratios else math.nan,
-                "peak_mib": max(r.peak_mib for r in mine),
-                "gpu_mib": max(r.gpu_mib for r in mine),
-                "own_mib": max(r.own_mib for r in mine),
-                "seconds_to_first_step": median(r.seconds_to_first_step for r in mine),
-                "others_cpus": max(r.others for r in mine),
-            }
-        )
-    return rows
+def show(name: str, result: dict[str, Any]) -> bool:
+    """Print a case's table and checks; return whether all losses agree."""
+    print(f"\n{name}", *lines_of(result["table"]), *result["checks"], sep="\n")
+    if result["missing_peers"]:
+        print(f"THIS TABLE DOES NOT COUNT: without {', '.join(result['missing_peers'])}")
+    print(flush=True)
+    return not any(line.startswith("WRONG") for line in result["checks"])
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print the table."""
-    print(
-        f"{'trained':<10} {'trainer':<10} {'steps/s':>8} {'s/step':>7} {'ours/this':>9}  {'by turn':<20}"
-        f"{'CPU s/step':>10} {'ratio':>6} {'peak MiB':>9} {'own':>7} {'GPU MiB':>8} "
-        f"{'to step 1':>9} {'other CPUs':>10}"
-    )
-    for r in rows:
-        turns = " ".join(f"{x:.2f}" for x in r["ours_over_this_by_turn"])
-        print(
-            f"{r['variant']:<10} {r['trainer']:<10} "
-            f"{r['steps_per_second']:>8.4f} {r['seconds_per_step']:>7.3f} "
-            f"{r['ours_over_this']:>8.2f}x  {turns:<20}"
-            f"{r['cpu_seconds_per_step']:>10.3f} {r['ours_over_this_by_cpu_time']:>5.2f}x "
-            f"{r['peak_mib']:>9.0f} {r['own_mib']:>7.0f} {r['gpu_mib']:>8.0f} "
-            f"{r['seconds_to_first_step']:>8.1f}s {r['others_cpus']:>10.2f}"
-        )
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """Describe the machine."""
-    info: dict[str, Any] = {"system": platform.platform(), "cores": os.cpu_count(), "threads": threads}
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text()
-        info["cpu"] = re.search(r"model name\s*: (.*)", cpuinfo)[1]  # type: ignore[index]
-        info["avx512"] = "avx512f" in cpuinfo
-        total = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[1]  # type: ignore[index]
-        info["memory_gib"] = round(int(total) / 2**20, 1)
-    except (OSError, TypeError):
-        info["cpu"] = platform.processor()
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    if shutil.which(query[0]):
-        info["gpu"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    return info
-
-
-def prepare(folder: Path, resolution: int) -> tuple[Path, Path, Path]:
-    """Write what all trainers read, in a process of its own; return checkpoint, images and tokenizer."""
-    sizes = map(str, (resolution, NUM_IMAGES, REPEATS))
-    argv = [sys.executable, "-m", "benchmarks.prepare", str(folder), *sizes]
-    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
-    checkpoint, images, tokenizer = done.stdout.splitlines()[-3:]
-    return Path(checkpoint), Path(images), Path(tokenizer)
+def cases_here() -> list[str]:
+    """Name the cases for this machine."""
+    device = "cuda" if has_gpu() else "cpu"
+    return [name for name, case in CASES.items() if case.device == device]
 
 
 def main() -> None:
@@ -184,67 +176,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=12, help="steps of each run, warm-up included")
-    parser.add_argument("--warmup", type=int, default=3, help="first steps that do not count")
+    parser.add_argument("--case", nargs="*", choices=list(CASES), help="default: those for this machine")
+    parser.add_argument(
+        "--trainers", nargs="*", choices=[*VARIANTS, *PEER_TABLE], help="default: engines, peers"
+    )
+    parser.add_argument("--variants", action="store_true", help="every variant of ours, not only the engines")
+    parser.add_argument("--trained", nargs="*", choices=list(TRAINED), default=["unet"])
     parser.add_argument("--turns", type=int, default=3, help="how often each trainer runs")
-    parser.add_argument("--resolution", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--trainers", nargs="*", help="only these")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--steps", type=int, help="steps of each run, warm-up included; default: the case's")
+    parser.add_argument("--warmup", type=int, help="first steps that do not count")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--label", default="cpu", help="end of the results file's name")
+    parser.add_argument("--label", help="end of the results file's name; default: cpu or gpu")
     parser.add_argument("--no-keep", action="store_true", help="write no results file")
     args = parser.parse_args()
 
-    chosen = {
-        k: v for k, v in trainers(args.device != "cpu").items() if not args.trainers or k in args.trainers
-    }
-    runs: list[Run] = []
-    with tempfile.TemporaryDirectory(prefix="loragraft-bench-") as name:
-        paths = prepare(Path(name), args.resolution)
-        for turn in range(args.turns):
-            order = list(chosen)[turn % len(chosen) :] + list(chosen)[: turn % len(chosen)]
-            for variant in args.variants:
-                for trainer in order:
-                    out = Path(name) / f"{len(runs)}"
-                    out.mkdir()
-                    size = (args.steps, args.resolution, VARIANTS[variant], args.batch_size)
-                    work = Work(*map(str, (*paths, out)), *size, args.device, args.precision)
-                    runs.append(Run(trainer, variant, turn))
-                    run_one(runs[-1], work, chosen[trainer], args.warmup, args.threads)
-                    print(f"turn {turn + 1} {variant} {trainer}: {runs[-1].step:.3f} s a step", flush=True)
-
-    lines, rows = check(runs, TOLERANCES[args.precision]), table(runs)
-    print()
-    show(rows)
-    print(*lines, sep="\n")
-    now = datetime.now(timezone.utc)
-    result = {
-        "date": now.isoformat(timespec="seconds"),
-        "machine": machine(args.threads),
-        "work": {
-            "model": "SD1.5, random weights",
-            "resolution": args.resolution,
-            "batch_size": args.batch_size,
-            "rank": Work.rank,
-            "precision": args.precision,
-            "steps": args.steps,
-            "warmup": args.warmup,
-            "turns": args.turns,
-            "note": "U-Net alone: ours and the peft loop encode captions once; kohya's cannot for SD1.x",
-        },
-        "table": rows,
-        "checks": lines,
-        "runs": [asdict(r) for r in runs],
-    }
-    if not args.no_keep:
-        file = HERE / "results" / f"{now:%Y-%m-%d}-{args.label}.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(f"kept in {file.relative_to(ROOT)}")
-    if any(line.startswith("WRONG") for line in lines):
+    names = args.trainers or [*(VARIANTS if args.variants else ENGINES), *PEERS]
+    chosen, absent = trainers(names)
+    cases = args.case or cases_here()
+    label = args.label or ("gpu" if has_gpu() else "cpu")
+    results = Results(label, args.threads, keep=not args.no_keep)
+    results.put("call", "arguments", sys.argv[1:])
+    results.put("call", "absent", absent)
+    agree = True
+    with tempfile.TemporaryDirectory(prefix="loragraft-bench-") as folder:
+        for name in cases:
+            case = replace(
+                CASES[name],
+                steps=args.steps or CASES[name].steps,
+                warmup=CASES[name].warmup if args.warmup is None else args.warmup,
+            )
+            scratch = Path(folder) / name
+            made = prepare(scratch, case.resolution, Path(folder))
+            bench = Bench(name, case, made, scratch, args.threads)
+            bench.ceiling = ceiling_of(case, args.threads)
+            for _ in range(args.turns):
+                bench.turn(chosen, args.trained, lambda result, name=name: results.put("cases", name, result))
+            agree &= show(name, bench.result())
+    print(results.where())
+    if not agree:
         sys.exit(1)
 
 

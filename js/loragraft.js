@@ -173,7 +173,9 @@ function toggleMore(node) {
 /** The wheel zooms the canvas, as everywhere on a node, except over text that scrolls. */
 function passWheel(event, panel) {
   event.stopPropagation();
-  if (panel.reading() && event.target.closest(".loragraft-report") && !event.ctrlKey) return;
+  const list = event.target.closest(".loragraft-lanes");
+  const scrolls = (panel.reading() && event.target.closest(".loragraft-report")) || (list && list.scrollHeight > list.clientHeight);
+  if (scrolls && !event.ctrlKey) return;
   event.preventDefault();
   app.canvas.processMouseWheel(event);
 }

@@ -1,6 +1,8 @@
 // The live panel of one Train LoRA node: a plain element that shows a run. textContent only.
 
-import { createChart, short } from "./chart.js";
+import { createChart } from "./chart.js";
+import { createLanes } from "./lanes.js";
+import { hue, short } from "./maths.js";
 import { BUSY, clock, newRun, progress, timing } from "./runs.js";
 
 export const PANEL_HEIGHT = 344;
@@ -79,6 +81,7 @@ export function createPanel(words, imageUrl, onMore = () => {}) {
     reportButton.setAttribute("aria-pressed", String(on));
   }
 
+  const lanes = createLanes(words);
   const strip = make("div", "loragraft-strip");
   const product = make("div", "loragraft-product");
   const file = make("span", "loragraft-file");
@@ -87,15 +90,25 @@ export function createPanel(words, imageUrl, onMore = () => {}) {
     trigger.textContent = words.copied;
     setTimeout(() => (trigger.textContent = run.trigger), 1200);
   });
-  product.append(make("span", "loragraft-label", words.file), file, make("span", "loragraft-label", words.trigger), trigger);
+  const fileLabel = make("span", "loragraft-label", words.file);
+  product.append(fileLabel, file, make("span", "loragraft-label", words.trigger), trigger);
   const message = make("div", "loragraft-message", words.stopped_hint);
-  root.append(more, head, bar, tiles, stage, legend, strip, product, message);
+  root.append(more, head, bar, tiles, stage, legend, lanes.element, strip, product, message);
 
   const chart = createChart(plot, showPoint);
   plot.firstChild.setAttribute("aria-label", words.loss);
 
   /** Under the pointer the legend reads out one point, else it names the lines. */
   function showPoint(point) {
+    if (run.many.length) {
+      for (const name of ["raw", "smooth", "lr"]) keys[name].hidden = true;
+      keys.saved.hidden = !point;
+      keys.saved.classList.add("loragraft-key-step");
+      keys.saved.textContent = point ? `${words.step} ${point.x}` : "";
+      lanes.showAt(point ? point.x : null);
+      return;
+    }
+    keys.raw.hidden = keys.smooth.hidden = false;
     keys.raw.textContent = point ? short(point.loss) : words.raw;
     keys.smooth.textContent = point ? short(point.smooth) : words.smooth;
     keys.lr.textContent = point ? short(point.lr) : words.lr;
@@ -118,28 +131,42 @@ export function createPanel(words, imageUrl, onMore = () => {}) {
     bar.setAttribute("aria-valuenow", percent);
   }
 
+  /** The mean of a sweep's last losses; NaN before the first. */
+  function meanLoss() {
+    const learning = run.many.filter((lane) => lane.points.length && lane.phase !== "failed");
+    return learning.reduce((sum, lane) => sum + lane.points[lane.points.length - 1].smooth, 0) / learning.length;
+  }
+
   function showTiles() {
-    const last = run.points[run.points.length - 1];
+    const last = run.many.length ? { smooth: meanLoss(), lr: NaN } : run.points[run.points.length - 1];
     const { pace, left } = timing(run);
     const over = !BUSY.includes(run.phase) && run.seconds > 0;
-    values.loss.textContent = last ? short(last.smooth) : "-";
+    values.loss.textContent = last && Number.isFinite(last.smooth) ? short(last.smooth) : "-";
     values.rate.textContent = last && Number.isFinite(last.lr) ? short(last.lr) : "-";
+    values.rateLabel.textContent = run.many.length ? words.runs : words.rate;
+    if (run.many.length) values.rate.textContent = `${run.many.filter((lane) => lane.phase === "done").length} / ${run.many.length}`;
     values.pace.textContent = pace === null ? "-" : `${pace < 10 ? pace.toFixed(2) : pace.toFixed(1)} ${words.second}`;
     values.leftLabel.textContent = over ? words.took : words.left;
     values.left.textContent = over ? clock(run.seconds) : left === null || run.phase !== "training" ? "-" : clock(left);
   }
 
+  const zeroNotes = ({ saves }, name) =>
+    saves.filter((save) => save.zero > 0).map((save) => `${name}${words.step} ${save.step}: ${words.zero} ${save.zero} / ${save.total}`);
+  const errorOf = (lane) => (lane.error ? [`${lane.label}: ${lane.error}`] : []);
+
   function showStage() {
-    const empty = run.points.length === 0;
+    const empty = run.points.length === 0 && !run.many.some((lane) => lane.points.length);
+    root.classList.toggle("loragraft-many", run.many.length > 0);
     root.classList.toggle("loragraft-empty", empty);
     hint.textContent = run.error || (run.phase === "stopped" ? words.stopped_hint : words.hint);
     hint.hidden = !(run.error || (empty && ["idle", "stopped"].includes(run.phase)));
     message.hidden = run.phase !== "stopped" || empty;
     logButton.hidden = empty;
-    chart.draw({ points: run.points, saves: run.saves.map((save) => save.step), last: Math.max(run.total, 1) });
+    const longest = Math.max(1, ...(run.many.length ? run.many.map((lane) => lane.total) : [run.total]));
+    lanes.show(run.many);
+    chart.draw({ points: run.points, many: run.many.map((lane) => lane.points), saves: run.saves.map((save) => save.step), last: longest });
     showPoint(null);
-    const zeros = run.saves.filter((save) => save.zero > 0);
-    const notes = [...zeros.map((save) => `${words.step} ${save.step}: ${words.zero} ${save.zero} / ${save.total}`), ...run.notes];
+    const notes = [...zeroNotes(run, ""), ...run.many.flatMap((lane) => [...zeroNotes(lane, `${lane.label}: `), ...errorOf(lane)]), ...run.notes];
     const lines = [...run.lines, ...notes];
     reportButton.hidden = lines.length === 0;
     const planned = empty && BUSY.includes(run.phase); // before the first step there is only the plan to show
@@ -167,7 +194,8 @@ export function createPanel(words, imageUrl, onMore = () => {}) {
     card.href = url;
     card.target = "_blank";
     card.rel = "noopener";
-    card.title = `${words.step} ${sample.step}\n${sample.prompt}`;
+    card.title = [sample.label, `${words.step} ${sample.step}`, sample.prompt].filter(Boolean).join("\n");
+    if (sample.label) card.style.borderBottom = `2px solid ${hue(sample.run)}`;
     const image = make("img", "loragraft-image");
     image.src = url;
     image.alt = sample.prompt;
@@ -179,7 +207,8 @@ export function createPanel(words, imageUrl, onMore = () => {}) {
   }
 
   function showProduct() {
-    product.hidden = run.phase !== "done" || !run.file;
+    product.hidden = run.phase !== "done" || !run.file || (run.many.length > 0 && !run.trigger);
+    file.hidden = fileLabel.hidden = run.many.length > 0; // each run's row names its file
     const name = run.file.split(/[\\/]/).pop();
     file.textContent = name;
     file.title = run.file;

@@ -78,6 +78,7 @@ const SHEET = String.raw`
 .loragraft-chart path { fill: none; stroke-linejoin: round; }
 .loragraft-chart .raw { stroke: var(--lg-accent); stroke-width: 1; opacity: 0.38; }
 .loragraft-chart .smooth { stroke: var(--lg-accent); stroke-width: 2; }
+.loragraft-chart .run { stroke-width: 1.6; }
 .loragraft-chart .rate { stroke: var(--lg-rate); stroke-width: 1.2; stroke-dasharray: 4 3; opacity: 0.9; }
 .loragraft-chart .save { stroke: var(--lg-good); stroke-width: 1; stroke-dasharray: 2 3; }
 .loragraft-chart .cursor line { stroke: var(--lg-muted); stroke-width: 1; }
@@ -98,6 +99,14 @@ const SHEET = String.raw`
 .loragraft-toggle[aria-pressed="true"] { background: var(--lg-line); color: var(--lg-text); }
 .loragraft-toggle:focus-visible, .loragraft-trigger:focus-visible { outline: 2px solid var(--lg-accent); outline-offset: 1px; }
 
+.loragraft-many .loragraft-strip { height: 48px; }
+.loragraft-lanes { flex: 0 1 auto; min-height: 34px; max-height: max(80px, 34%); overflow: hidden auto; scrollbar-width: thin; font-size: 11px; line-height: 15px; }
+.loragraft-lane { display: grid; grid-template-columns: 10px minmax(0, 1fr) auto auto; align-items: start; gap: 0 7px; padding: 1px 0; overflow-wrap: anywhere; }
+.loragraft-swatch { height: 3px; margin-top: 6px; border-radius: 2px; }
+.loragraft-lane-loss { font-weight: 600; }
+.loragraft-lane-state { color: var(--lg-muted); user-select: text; word-break: break-all; }
+.loragraft-lane[data-phase="done"] .loragraft-lane-state, .loragraft-lane[data-phase="failed"] .loragraft-lane-state { grid-column: 2 / -1; } /* a line of its own */
+.loragraft-lane[data-phase="failed"] .loragraft-lane-state { color: var(--lg-bad); word-break: normal; }
 .loragraft-strip { flex: none; display: flex; gap: 6px; height: 66px; overflow-x: auto; scrollbar-width: thin; }
 .loragraft-sample { position: relative; flex: none; height: 100%; border-radius: 5px; overflow: hidden; background: var(--lg-face); }
 .loragraft-image { display: block; height: 100%; width: auto; min-width: 40px; }

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from ..trainer import api
 from ..trainer.errors import LoraGraftError
+from ..trainer.sweep import shared_start
 
 MAX_CELLS = 400
 SAME = "same"
 FINAL = "final"
+LONG = 20  # letters of a file's name that a row's label shows whole even beside small cells
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,15 @@ def rows(files: Sequence[Weights], strengths: str, clip_strengths: str) -> list[
         pairs = [(m, c) for m in models for c in api.parse_range(clip_strengths)]
     base = [Row(None, 0.0, 0.0)] if (0.0, 0.0) in pairs else []
     return base + [Row(f, m, c) for f in files for m, c in pairs if (m, c) != (0.0, 0.0)]
+
+
+def finished(files: Sequence[Path]) -> list[Weights]:
+    """Label finished files: one is "final"; several have their names, less a long one's common beginning."""
+    if len(files) == 1:
+        return [Weights(files[0], FINAL)]
+    names = [file.stem for file in files]
+    cut = shared_start(names) if max(map(len, names), default=0) > LONG else 0
+    return [Weights(file, name[cut:]) for file, name in zip(files, names, strict=True)]
 
 
 def columns(prompts: str, seeds: str) -> list[Column]:

@@ -24,6 +24,7 @@ class LoraGraftExtension(ComfyExtension):
             from .frames import FrameExtract
             from .load_folder import LoadImageFolder
             from .preview import PreviewWithLoRA
+            from .sweep import Sweep
             from .tagging import DownloadTagger, WD14Tag
             from .tidy import ConvertImages, FindDuplicates
             from .train import TrainLoRA
@@ -48,6 +49,7 @@ class LoraGraftExtension(ComfyExtension):
             Crop,
             DatasetToImages,
             ImagesToDataset,
+            Sweep,
         ]
 
 

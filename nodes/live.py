@@ -1,13 +1,18 @@
-"""What a running training tells the browser: small payloads, at most four a second. No host needed."""
+"""What a running training tells the browser: small payloads, at most four a second. No host needed.
+
+Of several runs side by side each payload says which one it is about ("run": its number), and steps tell
+the pace of all of them together.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..trainer import events
-from ..trainer.progress import validation_line
+from ..trainer.progress import Pace, validation_line
 
 INTERVAL_S = 0.25
 MAX_POINTS = 2000
@@ -16,10 +21,23 @@ MAX_SAMPLES = 24
 Payload = dict[str, Any]
 
 
-class Live:
-    """Turn a run's events into payloads for ``send`` and keep what the finished node shows.
+@dataclass
+class Told:
+    """What was told of one run: its plan, its steps, its saves, its error."""
 
-    Steps are gathered and sent together; everything else goes out at once, after the steps before it.
+    total: int = 0
+    step: int = 0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    saves: list[Payload] = field(default_factory=list)
+    error: str = ""
+
+
+class Live:
+    """Turn events into payloads for ``send`` and keep what the finished node shows.
+
+    ``runs`` are the names and labels of a sweep's runs; none is one run. Steps are gathered and sent
+    together; everything else goes out at once, after the steps before it.
     """
 
     def __init__(
@@ -28,54 +46,77 @@ class Live:
         view: Callable[[Any], Payload],
         head: Payload,
         clock: Callable[[], float] = time.monotonic,
+        runs: Sequence[tuple[str, str]] = (),
     ) -> None:
         self._send_raw, self._view, self._head, self._clock = send, view, head, clock
+        self._runs = runs
+        self._told = {number: Told() for number in range(max(1, len(runs)))}
+        self._pace = Pace(clock)
         self._waiting: list[Payload] = []
         self._sent_at = -INTERVAL_S
         self._start = clock()
-        self._losses: list[tuple[int, float]] = []
-        self._rates: list[float] = []
-        self._step = self._total = 0
         self.samples: list[Payload] = []
-        self._saves: list[Payload] = []
         self._notes: list[str] = []
         self._lines: list[str] = []
+        if runs:
+            self._send("sweep", runs=[{"name": name, "label": label} for name, label in runs])
 
-    def take(self, event: events.Event) -> None:
-        """Tell the browser of one event."""
+    def take(self, event: events.Event, number: int = 0) -> None:
+        """Tell the browser of one event of run ``number``."""
+        self._pace.take(number, event)
+        told, which = self._told[number], self._which(number)
         if isinstance(event, events.Step):
-            self._take_step(event)
+            self._take_step(event, number)
             return
         self.flush()
         if isinstance(event, events.Planned):
-            self._total, self._step = event.total_steps, event.first_step
-            self._lines = list(event.lines)
-            self._send("plan", total_steps=event.total_steps, first_step=event.first_step, lines=self._lines)
+            told.total, told.step = event.total_steps, event.first_step
+            lines = [line for line in event.lines if line not in self._lines]
+            self._lines += [f"{self._label(number)}{line}" for line in lines] if self._lines else lines
+            plan = {"total_steps": event.total_steps, "first_step": event.first_step}
+            self._send("plan", **plan, lines=list(self._lines), **which)
         elif isinstance(event, events.Cached):
             if event.done == event.total or self._clock() - self._sent_at >= INTERVAL_S:
-                self._send("cache", what=event.what, done=event.done, total=event.total)
+                self._send("cache", what=event.what, done=event.done, total=event.total, **which)
         elif isinstance(event, events.Sampled):
-            sample = {"step": event.step, "prompt": event.prompt, **self._view(event.path)}
+            sample = {"step": event.step, "prompt": event.prompt, **self._view(event.path), **which}
             self.samples = [*self.samples, sample][-MAX_SAMPLES:]
             self._send("sample", **sample)
         elif isinstance(event, events.Saved):
             save = {"step": event.step, "zero_tensors": event.zero_tensors, "num_tensors": event.num_tensors}
-            self._saves.append(save)
-            self._send("save", **save)
+            told.saves.append(save)
+            self._send("save", **save, **which)
         elif isinstance(event, events.Note):
-            self._say(event.text)
+            self._say(event.text, number)
         elif isinstance(event, events.Validated):
-            self._say(validation_line(event))
+            self._say(validation_line(event), number)
+        elif isinstance(event, events.Failed):
+            told.error = str(event.error)
+            self._send("failed", error=told.error, **which)
+        elif isinstance(event, events.Finished) and self._runs:
+            self._send("finished", file=event.lora_file.name, step=event.step, reused=event.reused, **which)
 
-    def _say(self, text: str) -> None:
-        self._notes.append(text)
-        self._send("note", text=text)
+    def take_samples(self, samples: Sequence[Payload], number: int = 0) -> None:
+        """Show the samples that a run drew when it was trained before."""
+        told = [{**sample, **self._which(number)} for sample in samples]
+        self.samples = [*(s for s in self.samples if s.get("run", 0) != number), *told][-MAX_SAMPLES:]
 
-    def _take_step(self, event: events.Step) -> None:
+    def _which(self, number: int) -> Payload:
+        return {"run": number} if self._runs else {}
+
+    def _label(self, number: int) -> str:
+        return f"{self._runs[number][1]}: " if self._runs else ""
+
+    def _say(self, text: str, number: int) -> None:
+        self._notes.append(f"{self._label(number)}{text}")
+        self._send("note", text=self._notes[-1])
+
+    def _take_step(self, event: events.Step, number: int) -> None:
+        told = self._told[number]
         rate = max(event.learning_rates.values(), default=0.0)
-        self._step, self._total = event.step, event.total_steps
-        self._losses.append((event.step, event.loss))
-        self._rates.append(rate)
+        told.step, told.total = event.step, event.total_steps
+        told.losses.append((event.step, event.loss))
+        told.rates.append(rate)
         self._waiting.append(
             {
                 "step": event.step,
@@ -85,6 +126,7 @@ class Live:
                 "avr_loss": event.avr_loss,
                 "lr": rate,
                 "seconds": event.seconds,
+                **self._which(number),
             }
         )
         if self._clock() - self._sent_at >= INTERVAL_S:
@@ -94,35 +136,54 @@ class Live:
         """Send the steps that wait."""
         if self._waiting:
             steps, self._waiting = self._waiting, []
-            self._send("step", **steps[-1], steps=steps)
+            seconds, left = self._pace.seconds, self._pace.total - self._pace.done
+            together = {"pace": seconds, "left": left * seconds} if self._runs else {}
+            self._send("step", **{**steps[-1], **together}, steps=steps)
 
-    def done(self, finished: events.Finished, samples: list[Payload] | None = None) -> Payload:
-        """Return (and send) the last payload; ``samples`` replaces those seen, for a reused run."""
+    def done(self, finished: Mapping[int, events.Finished]) -> Payload:
+        """Return (and send) the last payload: of one run, or of all that ``finished`` holds by number."""
         self.flush()
-        first = finished.step - len(finished.losses) + 1
-        losses = [(first + i, loss) for i, loss in enumerate(finished.losses)]
-        rates = dict(zip((s for s, _ in self._losses), self._rates, strict=True))
-        stride = max(1, -(-len(losses) // MAX_POINTS))
-        kept = losses[::stride]
-        if samples is not None:
-            self.samples = samples[-MAX_SAMPLES:]
-        if not self._saves:
-            self._saves = [{"step": step} for path in finished.checkpoints if (step := step_of(path))]
-        payload = {
-            "file": finished.lora_file.name,
-            "trigger": finished.trigger_words,
-            "step": finished.step,
-            "total_steps": self._total or finished.step,
-            "reused": finished.reused,
+        ends = list(finished.values())
+        shared = {
+            "file": "\n".join(end.lora_file.name for end in ends),
+            "trigger": ends[0].trigger_words,
+            "reused": all(end.reused for end in ends),
             "seconds": round(self._clock() - self._start, 2),
-            "losses": kept,
-            "lrs": [rates[s] for s, _ in kept] if all(s in rates for s, _ in kept) else [],
-            "saves": self._saves,
             "samples": self.samples,
             "lines": self._lines,
             "notes": self._notes,
         }
-        return self._send("done", **payload)
+        if not self._runs:
+            return self._send("done", **shared, **self._end(0, ends[0], MAX_POINTS))
+        most = max(100, MAX_POINTS // len(self._runs))
+        runs = [
+            {"name": name, "label": label, **self._end(number, finished.get(number), most)}
+            for number, (name, label) in enumerate(self._runs)
+        ]
+        steps = {key: sum(run[key] for run in runs) for key in ("step", "total_steps")}
+        return self._send("done", **shared, **steps, losses=[], lrs=[], saves=[], runs=runs)
+
+    def _end(self, number: int, finished: events.Finished | None, most: int) -> Payload:
+        """Describe how a run ended, with at most ``most`` of its losses."""
+        told = self._told[number]
+        step, losses, more = told.step, told.losses, Payload(file="", error=told.error)
+        if finished is not None:
+            first, step = finished.step - len(finished.losses) + 1, finished.step
+            losses = [(first + i, loss) for i, loss in enumerate(finished.losses)]
+            more = Payload(file=finished.lora_file.name, reused=finished.reused) if self._runs else {}
+        rates = dict(zip((s for s, _ in told.losses), told.rates, strict=True))
+        kept = losses[:: max(1, -(-len(losses) // most))]
+        saves = told.saves
+        if not saves and finished is not None:
+            saves = [{"step": at} for at in map(step_of, finished.checkpoints) if at]
+        return {
+            "step": step,
+            "total_steps": told.total or step,
+            "losses": kept,
+            "lrs": [rates[s] for s, _ in kept] if all(s in rates for s, _ in kept) else [],
+            "saves": saves,
+            **more,
+        }
 
     def _send(self, kind: str, **payload: Any) -> Payload:
         full = {**self._head, "kind": kind, **payload}

@@ -1,4 +1,4 @@
-"""Preview with LoRA: prompts x seeds x strengths x checkpoints, drawn by ComfyUI's own sampler."""
+"""Preview with LoRA: prompts x seeds x strengths x files, drawn by ComfyUI's own sampler."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..trainer.errors import LoraGraftError
+from ..trainer.sweep import shared_start
 from .train import Checkpoints
 
 
@@ -41,7 +42,8 @@ class PreviewWithLoRA(io.ComfyNode):
                     "lora_name",
                     default="",
                     tooltip="LoRA file below models/loras: link Train LoRA's lora_name, or write a name with "
-                    ".safetensors. With checkpoints linked it may stay empty.",
+                    ".safetensors. With checkpoints linked it may stay empty. A linked text may name several "
+                    "files, one per line, as after a sweep; each gets its own rows.",
                 ),
                 io.String.Input(
                     "prompts",
@@ -127,24 +129,22 @@ class PreviewWithLoRA(io.ComfyNode):
         try:
             if seeds is not None:
                 axes.parse_seeds(seeds)
-            if lora_name:
-                host.lora_file(lora_name)
+            for name in _names(lora_name or ""):
+                host.lora_file(name)
         except LoraGraftError as error:
             return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None = None, **others: Any) -> str:
-        """Change when the named LoRA file changes."""
+        """Change when a named LoRA file changes."""
         from . import host
 
-        if not lora_name:
-            return ""
         try:
-            stat = host.lora_file(lora_name).stat()
+            stats = [host.lora_file(name).stat() for name in _names(lora_name or "")]
         except (LoraGraftError, OSError):
             return "missing"
-        return f"{stat.st_size} {stat.st_mtime_ns}"
+        return "\n".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
 
     @classmethod
     def execute(
@@ -188,7 +188,7 @@ class PreviewWithLoRA(io.ComfyNode):
             settings.title,
         )
         report = grids.report(rows, columns, settings)
-        stem = files[-1].path.stem if files[-1].label == axes.FINAL else "grid"
+        stem = _stem(axes, files)
         folder = host.grids_folder() if save_grid else host.temp_folder()
         info = grids.png_info(cls.hidden.prompt, cls.hidden.extra_pnginfo) if host.keeps_metadata() else None
         path = grids.write(folder, stem, picture, report if save_grid else None, info)
@@ -209,16 +209,31 @@ def _check_unpatched(name: str | None) -> None:
         )
 
 
+def _names(text: str) -> list[str]:
+    """List the names in a text: one per line, each once."""
+    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+
+
+def _stem(axes: Any, files: list[Any]) -> str:
+    """Name the grid after the finished file; after the beginning that several have in common."""
+    if files[-1].label == axes.FINAL:
+        return str(files[-1].path.stem)
+    names = [file.path.stem for file in files]
+    return names[0][: shared_start(names)].strip(" ._-") or "grid"
+
+
 def _files(axes: Any, host: Any, lora_name: str, checkpoints: tuple[Path, ...], most: int) -> list[Any]:
     from ..trainer import api
     from .live import step_of
 
     saved = [axes.Weights(p, f"step {step_of(p)}") for p in checkpoints]
-    if not lora_name.strip() and saved:
+    names = _names(lora_name)
+    if not names and saved:
         return axes.spread(saved, most)
-    final = host.lora_file(lora_name)
-    # The last checkpoint holds the very tensors of the finished file: one row is enough.
+    finished = axes.finished([host.lora_file(name) for name in names or [""]])
+    # The last checkpoint holds the very tensors of a finished file: one row is enough.
     same = "sshs_model_hash"
-    if saved and api.lora_metadata(saved[-1].path).get(same) == api.lora_metadata(final).get(same):
-        saved = saved[:-1]
-    return [*axes.spread(saved, most), axes.Weights(final, axes.FINAL)]
+    if saved:
+        last = api.lora_metadata(saved[-1].path).get(same)
+        saved = saved[:-1] if any(api.lora_metadata(f.path).get(same) == last for f in finished) else saved
+    return [*axes.spread(saved, most), *finished]

@@ -1,16 +1,19 @@
-"""Train LoRA: on the very weights that ComfyUI holds, live, cancellable, continued when queued again."""
+"""Train LoRA: on the very weights that ComfyUI holds, live, cancellable, continued when queued again.
+
+With a sweep linked, it trains the LoRAs of all its runs side by side.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
 from comfy_api.latest import io
 
 from . import widgets
-from .sockets import TrainSet
+from .sockets import Sweep, TrainSet
 
 log = logging.getLogger("loragraft")
 
@@ -44,7 +47,9 @@ class TrainLoRA(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The base's text encoder, without LoRAs on it."),
                 io.Vae.Input("vae", tooltip="The base's VAE."),
                 TrainSet.Input("train_set", tooltip="From Build Dataset."),
-                *widgets.inputs(io, widgets.train_widgets()),
+                *widgets.inputs(
+                    io, (w for w in widgets.train_widgets() if w.name not in widgets.TRAIN_LATER)
+                ),
                 io.Combo.Input(
                     "existing_run",
                     options=[CONTINUE, AFRESH],
@@ -54,6 +59,13 @@ class TrainLoRA(io.ComfyNode):
                     tooltip="If this very run was begun before: continue it (a finished one is returned at "
                     "once), or train it again from the first step.",
                 ),
+                *widgets.inputs(io, (w for w in widgets.train_widgets() if w.name in widgets.TRAIN_LATER)),
+                Sweep.Input(
+                    "sweep",
+                    optional=True,
+                    tooltip="From Sweep: train a LoRA with each of its values, all side by side. The files "
+                    "get the values behind output_name.",
+                ),
             ],
             outputs=[
                 io.LoraModel.Output(
@@ -62,7 +74,8 @@ class TrainLoRA(io.ComfyNode):
                     tooltip="The LoRA's denoiser part, for the native Load LoRA Model node. That node has "
                     "no CLIP "
                     "and would report the text encoder's part as not loaded; the file and the MODEL and CLIP "
-                    "outputs hold it.",
+                    "outputs hold it. With a sweep, that of the first finished run, as are all outputs but "
+                    "lora_name and checkpoints.",
                 ),
                 io.Model.Output(
                     "model", display_name="model", tooltip="The model with the LoRA at strength 1."
@@ -76,7 +89,10 @@ class TrainLoRA(io.ComfyNode):
                     tooltip="Loss of every step, for the native Loss Graph.",
                 ),
                 io.String.Output(
-                    "lora_name", display_name="lora_name", tooltip="File name below models/loras."
+                    "lora_name",
+                    display_name="lora_name",
+                    tooltip="File name below models/loras. With a sweep, the names of all finished runs, one "
+                    "per line.",
                 ),
                 io.String.Output(
                     "trigger_words", display_name="trigger_words", tooltip="The words that call the LoRA."
@@ -84,7 +100,8 @@ class TrainLoRA(io.ComfyNode):
                 Checkpoints.Output(
                     "checkpoints",
                     display_name="checkpoints",
-                    tooltip="All saved steps, for Preview with LoRA.",
+                    tooltip="All saved steps, for Preview with LoRA. Empty with a sweep: they would be too "
+                    "many rows.",
                 ),
             ],
         )
@@ -104,36 +121,49 @@ class TrainLoRA(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, clip: Any, vae: Any, train_set: Any, existing_run: str = CONTINUE, **values: Any
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        train_set: Any,
+        existing_run: str = CONTINUE,
+        sweep: Any = None,
+        **values: Any,
     ) -> io.NodeOutput:
         from ..trainer import api
+        from ..trainer.sweep import sweep_runs
         from . import host, host_sampling
         from .live import Live, step_of_sample
 
         config = widgets.train_config(values)
+        runs = sweep_runs(sweep, config) if sweep else []
         workflow = _workflow(cls.hidden.extra_pnginfo)
-        live = Live(host.send, host.view, {"node": str(cls.hidden.unique_id), "workflow": workflow.get("id")})
-        finished = _train(model, clip, vae, train_set, config, workflow, existing_run == AFRESH, live)
-        samples = None
-        if finished.reused:
-            files = sorted((finished.run_folder / "samples").glob("step-*.png"))
-            samples = [{"step": step_of_sample(f.name), "prompt": "", **host.view(f)} for f in files]
-        done = live.done(finished, samples)
-        name = finished.lora_file.name
-        lora = host_sampling.read_lora(finished.lora_file)
-        trained_model, trained_clip = host_sampling.apply_lora(model, clip, lora, 1.0, 1.0, name)
-        host_sampling.mark(trained_model, trained_clip, name)
+        head = {"node": str(cls.hidden.unique_id), "workflow": workflow.get("id")}
+        live = Live(host.send, host.view, head, runs=[(r.config.output_name, r.label) for r in runs])
+        jobs = [(train_set, run.config) for run in runs] or [(train_set, config)]
+        finished = _train(model, clip, vae, jobs, workflow, existing_run == AFRESH, live)
+        for number, end in finished.items():
+            if end.reused:
+                files = sorted((end.run_folder / "samples").glob("step-*.png"))
+                found = [{"step": step_of_sample(f.name), "prompt": "", **host.view(f)} for f in files]
+                live.take_samples(found, number)
+        done = live.done(finished)
+        first = next(iter(finished.values()))
+        names = [end.lora_file.name for end in finished.values()]
+        lora = host_sampling.read_lora(first.lora_file)
+        trained_model, trained_clip = host_sampling.apply_lora(model, clip, lora, 1.0, 1.0, names[0])
+        host_sampling.mark(trained_model, trained_clip, names[0])
         images = [
             {k: s[k] for k in ("filename", "subfolder", "type")} for s in live.samples if "filename" in s
         ]
         return io.NodeOutput(
-            api.lora_tensors(finished.lora_file, denoiser_only=True),
+            api.lora_tensors(first.lora_file, denoiser_only=True),
             trained_model,
             trained_clip,
-            {"loss": list(finished.losses)},
-            name,
-            finished.trigger_words,
-            tuple(finished.checkpoints),
+            {"loss": list(first.losses)},
+            "\n".join(names),
+            first.trigger_words,
+            () if runs else tuple(first.checkpoints),
             ui={"loragraft": [done], "images": images[-MAX_IMAGES:]},
         )
 
@@ -142,25 +172,32 @@ def _train(
     model: Any,
     clip: Any,
     vae: Any,
-    train_set: Any,
-    config: Any,
+    jobs: Sequence[tuple[Any, Any]],
     workflow: dict[str, Any],
     fresh: bool,
     live: Any,
-) -> Any:
-    """Train on the host's weights and return the Finished event; Cancel raises out of here, work saved."""
+) -> dict[int, Any]:
+    """Train on the host's weights; return the Finished events by number of the job, in the jobs' order.
+
+    Cancel raises out of here, all work saved. Of several jobs those that failed are left out; where all
+    did, LG-SWEEP-005 is raised.
+    """
     from ..trainer import api
+    from ..trainer.progress import Pace
     from . import host, host_weights
     from .workflow import portable
 
-    progress = host.Progress(config.max_train_steps)
+    config = jobs[0][1]
+    progress, pace = host.Progress(config.max_train_steps), Pace()
+    finished: dict[int, Any] = {}
+    failed: dict[int, Any] = {}
     with host.training_mode():
-        host_weights.check_clip_skip(clip, config.clip_skip)
+        for _, each in jobs:
+            host_weights.check_clip_skip(clip, each.clip_skip)
         host.free_memory()
-        run = api.train(
+        run = api.train_together(
             host_weights.open_base(model, clip, vae),
-            train_set,
-            config,
+            jobs,
             places=host.places(),
             device=host.device(),
             workflow=portable(workflow, host.workflow_roots()) if config.embed_workflow else None,
@@ -168,33 +205,54 @@ def _train(
         )
         # Cancel is a BaseException and comes from host.*; closing the run saves the last finished step.
         with closing(run):
-            for event in run:
-                live.take(event)
+            for number, event in run:
+                live.take(event, number)
+                pace.take(number, event)
                 if isinstance(event, api.Finished):
-                    return event
-                _show(progress, event)
+                    finished[number] = event
+                    continue
+                name = f"[{jobs[number][1].output_name}] " if len(jobs) > 1 else ""
+                if isinstance(event, api.Failed):
+                    failed[number] = event.error
+                    log.error("%sfailed: %s", name, event.error)
+                _show(progress, pace, event, name)
                 host.check_interrupt()
-    raise AssertionError("a run ends with Finished")
+    if not finished:
+        raise _all_failed(failed)
+    return dict(sorted(finished.items()))
 
 
-def _show(progress: Any, event: Any) -> None:
-    """Show an event on the node and in ComfyUI's log."""
+def _all_failed(failed: Mapping[int, Any]) -> Exception:
+    from ..trainer.errors import LoraGraftError
+
+    first = failed[min(failed)]
+    return LoraGraftError(
+        "LG-SWEEP-005",
+        f"All {len(failed)} runs of the sweep failed.",
+        where=f"the first: {first.code}, {first.where}",
+        why=f"{first.what} {first.why}",
+        fix=first.fix,
+    )
+
+
+def _show(progress: Any, pace: Any, event: Any, name: str) -> None:
+    """Show an event on the node and, behind the run's name, in ComfyUI's log; the bar counts all steps."""
     from ..trainer import api
 
     if isinstance(event, api.Planned):
         for line in event.lines:
-            log.info("%s", line)
-        progress.show(event.first_step, event.total_steps)
+            log.info("%s%s", name, line)
+        progress.show(pace.done, pace.total)
     elif isinstance(event, api.Cached):
         progress.show(event.done, event.total)
     elif isinstance(event, api.Step):
-        progress.show(event.step, event.total_steps)
+        progress.show(pace.done, pace.total)
     elif isinstance(event, api.Sampled):
         progress.show_image(event.image)
     elif isinstance(event, api.Note):
-        log.warning("%s", event.text)
+        log.warning("%s%s", name, event.text)
     elif isinstance(event, api.Validated):
-        log.info("%s", api.validation_line(event))
+        log.info("%s%s", name, api.validation_line(event))
 
 
 def _workflow(extra_pnginfo: Mapping[str, Any] | None) -> dict[str, Any]:

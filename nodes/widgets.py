@@ -64,6 +64,8 @@ TRAIN_COMMON = (
     "save_every_n_epochs",
     "sample_prompts",
 )
+# These came when Train LoRA had existing_run already, so they stand behind it.
+TRAIN_LATER = ("attention", "base_storage", "memory", "blocks_to_swap")
 TRAIN_ADVANCED = (
     "name_taken",
     "conv_dim",
@@ -90,6 +92,7 @@ TRAIN_ADVANCED = (
     "embed_workflow",
     "engine",
     "deterministic",
+    *TRAIN_LATER,
 )
 
 # A number widget cannot be empty: this value stands for "empty", and the tooltip below says so.

@@ -13,6 +13,7 @@ from torch import nn
 from .engine.captured import Captured
 from .engine.checkpointing import blocks, checkpoint_blocks
 from .engine.meter import CannotMeasure, measure, tensor_bytes
+from .engine.packed_conv import packed_bytes
 from .engine.planner import Plan, compare, plan
 from .engine.predictor import SAMPLING, Case, Costs, Footprints, costs_of, dry_run, free_bytes
 from .engine.steps import Eager, Fused, Tensors
@@ -62,10 +63,12 @@ def fit(runs: Sequence[Run]) -> Fitted:
         swapped,
     )
     fitted = Fitted()
-    placed = tensor_bytes((t for module in in_step for t in module.parameters()), device)
+    packed = packed_bytes(first.parts.denoiser)
+    placed = packed + tensor_bytes((t for module in in_step for t in module.parameters()), device)
     if placed >= SMALL_BYTES:
         try:
-            costs = _costs(runs, in_step, of_denoiser, found, footprints, start)
+            costs = _costs(runs, in_step, found, footprints, start)
+            costs = replace(costs, weights=costs.weights + packed)
             fitted = _planned(costs, start, placed, num_swappable=len(of_denoiser), runs=runs)
         except CannotMeasure as error:
             fitted.lines.append(f"memory cannot be predicted here: {error}")
@@ -135,7 +138,6 @@ def _apply(runs: Sequence[Run], choice: Case, found: Sequence[nn.Module], footpr
 def _costs(
     runs: Sequence[Run],
     in_step: Sequence[nn.Module],
-    denoiser_blocks: Sequence[nn.Module],
     found: Sequence[nn.Module],
     footprints: Footprints,
     start: Case,

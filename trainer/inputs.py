@@ -185,7 +185,7 @@ class Inputs:
                 yield use, picture
 
     def _read(self, use: Use) -> Picture:
-        """Read pixels (1, 3, H, W), mirrored where the use is, and the mask (1, 1, H, W) as it lies, if any."""
+        """Read pixels (1, 3, H, W), mirrored where the use is, and the mask (1, 1, H, W), which is not."""
         (index, flip), data = use, self.train_set
         where = data.records[index], data.buckets[index], data.resized[index]
         pixels = load_pixels(*where)[None]

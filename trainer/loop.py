@@ -251,9 +251,9 @@ def describe(
 
 
 def _step_event(run: Run, result: StepResult, seconds: float) -> Step:
-    names = {id(p): part for part in ("text_encoder", "denoiser") for p in run.adapter.parameters(part)}
     factor = lr_factor(run.config, run.step - 1, run.plan.total_steps)
-    rates = {names[id(g["params"][0])]: g["base_lr"] * factor for g in run.optimizer.param_groups}
+    groups = zip(run.group_parts, run.optimizer.param_groups, strict=True)
+    rates = {part: group["base_lr"] * factor for part, group in groups}
     epoch = math.ceil(run.step / run.plan.steps_per_epoch)
     average = average_loss(run.micro_losses, run.plan)
     return Step(run.step, run.plan.total_steps, epoch, result.loss, average, rates, result.grad_norm, seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from .engine.attention import use_attention
 from .engine.attention_choice import Choice, largest_shapes
 from .engine.attention_choice import choose as choose_attention
 from .engine.captured import Captured
+from .engine.packed_conv import pack_convolutions
 from .engine.precision import Precision, place
 from .engine.small_maps import use_matrix_products
 from .engine.steps import Eager, Engine, Fused, Key, Loss, Rows, Tensors, choose, parameters_of
@@ -66,6 +68,7 @@ class Run:
     validation: Inputs | None
     adapter: lora.Adapter
     optimizer: torch.optim.Optimizer
+    group_parts: list[str]  # which part each of the optimizer's groups belongs to
     scaler: torch.amp.GradScaler
     engine: Engine
     attention: str
@@ -109,9 +112,17 @@ class Run:
         return fed
 
     def draw_ahead(self, step: int) -> None:
-        """Draw ``step`` now, while the device is still at work on the one before."""
-        if step < self.plan.total_steps:
-            self._ahead = (step, self.feed(step))
+        """Draw ``step`` now, while the device is still at work on the one before.
+
+        A picture that cannot be read is no fault of the step that is being taken: `feed` will say so.
+        """
+        if step >= self.plan.total_steps:
+            return
+        with suppress(LoraGraftError, OSError):
+            fed = self.feed(step)
+            if self.precision.device.type == "cuda":  # from pinned memory, copies do not wait
+                fed = [Fed(*(None if x is None else x.pin_memory() for x in one)) for one in fed]  # type: ignore[arg-type]
+            self._ahead = (step, fed)
 
 
 # Settings of the base and the engine that runs side by side share, so these must be equal.
@@ -151,7 +162,9 @@ def open_runs(jobs: Sequence[Job], cache: Path, before: Mapping[str, Any]) -> li
         text_at_every_step=not encoded_once,
     )
     if precision.device.type == "cpu" and precision.name != "fp16":
-        use_matrix_products(parts.denoiser)
+        if precision.name == "bf16":
+            pack_convolutions(parts.denoiser)
+        use_matrix_products(parts.denoiser)  # what is left
     rates = [{"text_encoder": encoder_lr(j.config), "denoiser": denoiser_lr(j.config)} for j in jobs]
     attention, said = _attention(parts, jobs, before)
     targets = [base.family.targets(parts, convolutions=job.config.conv_dim is not None) for job in jobs]
@@ -167,8 +180,8 @@ def open_runs(jobs: Sequence[Job], cache: Path, before: Mapping[str, Any]) -> li
     losses_of = partial(_losses, runs)
     engine, why = _engine(parts, config, precision, losses_of, optimizers, scalers, adapters)
     store = TensorCache(cache)
-    for job, own, adapter, optimizer, scaler in zip(
-        jobs, settings, adapters, optimizers, scalers, strict=True
+    for job, own, adapter, optimizer, scaler, lrs in zip(
+        jobs, settings, adapters, optimizers, scalers, rates, strict=True
     ):
         common = (job.config, precision, store, own.text_encoder)
         inputs = Inputs(base, parts, job.train_set, *common, job.plan.total_steps)
@@ -186,6 +199,7 @@ def open_runs(jobs: Sequence[Job], cache: Path, before: Mapping[str, Any]) -> li
                 validation,
                 adapter,
                 optimizer,
+                [part for part, lr in lrs.items() if lr > 0],
                 scaler,
                 engine,
                 attention.name,
@@ -319,6 +333,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
                 run.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
         if run.scaler.is_enabled():
             run.scaler.load_state_dict(info["scaler"])
+        run.engine.reload(run.adapter.row)
         run.micro_losses = tensors["micro_losses"].tolist()
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise unfit(checkpoint, one_line(str(error), 200)) from error

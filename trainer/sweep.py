@@ -273,7 +273,7 @@ def _file_name(output_name: str, values: Mapping[str, Any]) -> str:
         text = _written(value)
         plain = re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-. ")
         # Two names must not differ in case only, which some file systems do not see.
-        told = told and plain == text and (bool(info_of(TrainConfig, name).choices) or text == text.lower())
+        told = told and (bool(info_of(TrainConfig, name).choices) or text == text.lower())
         parts.append(f"{name}{plain[:40]}")
     name = "_".join(parts)
     if told and name == whole and len(name.encode()) <= MAX_NAME:

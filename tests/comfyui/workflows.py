@@ -145,6 +145,7 @@ def sweep_workflow(info: Info) -> Workflow:
         "output_name": f"sweep_{name}",
         "max_train_steps": 100,
         "save_every_n_steps": 0,
+        "sample_prompts": f"{name}, large, blue background",
         "preview_image": False,
     }
     preview = {

@@ -85,6 +85,14 @@ def test_the_grids_rows_are_the_base_and_each_run_at_full_strength(
         sheets.append(parts)
         return real(*parts, **more)
 
+    drawings: list[tuple[list[str], list[float], int]] = []
+    real_draw = api.draw
+
+    def draw(base: Any, files: Any, *, settings: Any, strengths: Any, **more: Any) -> Any:
+        drawings.append(([f.stem for f in files], strengths, settings.clip_skip))
+        return real_draw(base, files, settings=settings, strengths=strengths, **more)
+
+    monkeypatch.setattr(api, "draw", draw)
     monkeypatch.setattr(api, "grid", grid)
     sweep_flags = ["--sweep", "learning_rate: 1e-6, 3e-1", "--sweep", "clip_skip: 1, 2"]
     assert cli.main([*command, *sweep_flags, "--sample_prompts", "zibu", "--sample_cfg", "2"]) == 0
@@ -94,6 +102,9 @@ def test_the_grids_rows_are_the_base_and_each_run_at_full_strength(
         "without LoRA",
         *(f"learning_rate {rate}, clip_skip {skip}" for rate in ("1e-6", "0.3") for skip in (1, 2)),
     ]
+    each = [f"x_learning_rate{rate}_clip_skip{skip}" for rate in ("1e-6", "0.3") for skip in (1, 2)]
+    assert drawings == [(each[:1], [0.0], 1), (each[0::2], [1.0], 1), (each[1::2], [1.0], 2)]
+    assert [len(row) for row in rows] == [1] * 5
     pixels = [np.asarray(row[0], np.int16) for row in rows]
     assert np.abs(pixels[1] - pixels[0]).max() <= 2, "a rate that learns nothing draws the base's picture"
     assert np.abs(pixels[3] - pixels[0]).max() > 8, "one that learns too much does not"

@@ -7,14 +7,19 @@ import json
 import re
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from loragraft.trainer import api
 from loragraft.trainer.engine.precision import place, resolve
+from loragraft.trainer.families import weights
 from loragraft.trainer.families.weights import DTYPES, FileWeights, Renamed, joined
 from loragraft_tests.trainer import tiny
 from loragraft_tests.trainer.data_folders import Refusal
@@ -62,12 +67,88 @@ def test_tensors_that_lie_at_odd_places(tmp_path: Path) -> None:
     assert found["a"].tolist() == [7] and found["b"].tolist() == [1.5, -2.0]
 
 
-def test_writing_to_a_tensor_reaches_neither_the_file_nor_the_next_reader(tmp_path: Path) -> None:
+def test_writing_to_a_tensor_does_not_reach_the_file(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(4)}, path)
     before, found = path.read_bytes(), FileWeights(path)
     found["a"].add_(1)
-    assert not found["a"].any() and path.read_bytes() == before
+    assert path.read_bytes() == before and not found["a"].any()
+    held = found["a"]
+    held.add_(1)
+    assert path.read_bytes() == before and not FileWeights(path)["a"].any()
+
+
+# ---- stretches ----
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FileWeights:
+    """Return a file of 200 tensors of 4 KiB in stretches of 64 KiB, at most 7 of these."""
+    monkeypatch.setattr(weights, "STRETCH", 2**16)
+    monkeypatch.setattr(weights, "MOST_STRETCHES", 7)
+    save_file({f"{i:03}": torch.full((1024,), float(i)) for i in range(200)}, tmp_path / "x.safetensors")
+    return FileWeights(tmp_path / "x.safetensors")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
+def test_a_model_opens_where_few_files_may_be_open(checkpoint: Path) -> None:
+    """Each map holds a descriptor; some systems allow 256, and a model has more than 1,000 tensors."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = [FileWeights(checkpoint) for _ in range(2)]
+    assert sum(map(len, opened)) > 200
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+    try:
+        held = [dict(one) for one in opened]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert all(torch.equal(held[0][k], held[1][k]) for k in held[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="descriptors are counted in /proc")
+def test_neighbours_share_a_descriptor_which_goes_with_the_last(many: FileWeights) -> None:
+    before = descriptors()
+    assert many["000"][0] == 0 and descriptors() == before
+    held = dict(many)
+    assert all(bool((v == float(k)).all()) for k, v in held.items())
+    assert 2 <= descriptors() - before <= 7
+    del held["000"]
+    assert 2 <= descriptors() - before <= 7, "others of its stretch are in use"
+    again = many["001"]
+    assert again.data_ptr() == held["001"].data_ptr(), "mapped once"
+    held.clear()
+    assert descriptors() - before == 1 and bool((again == 1).all())
+    del again
+    assert descriptors() == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="descriptors are counted in /proc")
+def test_threads_share_stretches_too(many: FileWeights) -> None:
+    before = descriptors()
+    with ThreadPoolExecutor(16) as pool:
+        held = list(pool.map(many.__getitem__, sorted(many) * 5))
+    assert [int(v[0]) for v in held] == [*range(200)] * 5
+    assert descriptors() - before <= 7
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes=st.lists(st.integers(0, 3 * 2**20), max_size=200), big=st.integers(0, 2**33))
+def test_stretches_hold_every_tensor_and_are_few(sizes: list[int], big: int) -> None:
+    ends = list(accumulate([*sizes, big], initial=100))
+    places = {str(i): (a, b) for i, (a, b) in enumerate(pairwise(ends))}
+    found = weights.stretches(places)
+    assert set(found) == {k for k, (a, b) in places.items() if a < b}
+    for name, (start, end) in found.items():
+        assert start <= places[name][0] and places[name][1] <= end
+    ordered = sorted(set(found.values()))
+    assert len(ordered) <= weights.MOST_STRETCHES
+    assert all(a[1] <= b[0] for a, b in pairwise(ordered)), "they do not overlap"
+    assert all(end - start >= weights.STRETCH for start, end in ordered[:-1])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="an open file keeps its name there")
@@ -117,11 +198,11 @@ def resident() -> tuple[float, float]:
 def test_pages_go_with_the_tensors(tmp_path: Path, tokenizer: Path) -> None:
     """Opening reads nothing; hashing and converting leave nothing of the file in memory."""
     path = tiny.write_checkpoint(tmp_path / "x.safetensors")
-    weights = load_file(path)
+    tensors = load_file(path)
     name = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
-    weights[name] = torch.zeros(2**19, tiny.TEXT, dtype=torch.float16)  # 64 MiB
-    save_file(weights, path)
-    del weights
+    tensors[name] = torch.zeros(2**19, tiny.TEXT, dtype=torch.float16)  # 64 MiB
+    save_file(tensors, path)
+    del tensors
     gc.collect()
     anonymous, file = resident()
     base = api.open_base(path, tokenizer=tokenizer)

@@ -134,7 +134,7 @@ def test_the_working_copy_follows_and_gradients_add_up_in_float32() -> None:
     assert torch.equal(flat.work, flat.values.bfloat16())
     for _ in range(300):  # in bf16 alone the sum would stop at 256
         flat.work_grads.fill_(1.0)
-        flat.collect()
+        flat.collect((0,))
     assert flat.grads.eq(300).all()
     assert not flat.work_grads.any()
     FlatOptimizer(adamw(params), flat, 0).step(0.0, frozenset(range(5)))

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loragraft.trainer.engine import frozen as module
 from loragraft.trainer.engine.frozen import (
+    Frozen,
     FrozenConv2d,
     FrozenEmbedding,
     FrozenLinear,
@@ -242,7 +243,7 @@ def test_only_layers_of_another_dtype_are_replaced_and_paths_stay() -> None:
     before, held = list(kinds(tree)), {k: v.data_ptr() for k, v in tree.state_dict().items()}
     done = freeze(tree, torch.float32, CPU)
     assert [k for k in kinds(tree) if k in before] == before
-    assert (done.num_casting, done.num_packed, done.line) == (3, 0, None)
+    assert (done.num_packed, done.line) == (0, None)
     assert type(tree.inner[0]) is FrozenLinear and tree.same is tree.inner[0]
     assert type(tree.inner[1]) is nn.Linear, "a weight in the arithmetic's dtype needs nothing"
     assert tree.inner[1].weight.data_ptr() == held["inner.1.weight"]
@@ -254,8 +255,7 @@ def test_only_layers_of_another_dtype_are_replaced_and_paths_stay() -> None:
 def test_what_need_not_be_kept_is_converted_once() -> None:
     tree = Tree()
     weight = tree.inner[0].weight.detach()
-    done = freeze(tree, torch.bfloat16, CPU, keeps=lambda weight: False)
-    assert done.num_casting == 0
+    freeze(tree, torch.bfloat16, CPU, keeps=lambda weight: False)
     assert {p.dtype for p in tree.parameters()} == {torch.bfloat16}
     assert set(kinds(tree).values()).isdisjoint((FrozenLinear, FrozenConv2d, FrozenEmbedding))
     assert weight.dtype == torch.float16, "the weight given is as it was"
@@ -286,7 +286,7 @@ def test_packing_says_what_it_costs() -> None:
     weights = {i: tree.inner[i].weight.detach().float() for i in (0, 1)}
     done = freeze(tree, torch.float32, CPU, storage="int8", skip=("conv_in",))
     assert type(tree.conv_in) is FrozenConv2d and tree.conv_in.stored.dtype == torch.float16
-    assert (done.num_packed, done.num_casting) == (2, 2)
+    assert done.num_packed == 2
     errors = {i: tree.inner[i].weight - weights[i] for i in (0, 1)}
     all_errors, all_weights = (torch.cat(list(x.values())) for x in (errors, weights))
     relative = f"{float(all_errors.norm() / all_weights.norm()):.2%}"
@@ -295,6 +295,33 @@ def test_packing_says_what_it_costs() -> None:
     assert done.line is not None
     assert done.line.startswith("base_storage int8: 2 layers")
     assert f"linear {relative}" in done.line and f"worst inner.{worst} {of_each[worst]:.2%}" in done.line
+
+
+def no_float64(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    raise TypeError("the MPS framework doesn't support float64")
+
+
+def test_the_error_is_measured_in_float32_and_precisely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's GPUs have no float64; a plain sum in float32 would lose the small terms."""
+    layer = nn.Linear(1, 1, bias=False).requires_grad_(False)
+    layer.weight.data = torch.full((4099, 1031), 0.1)
+    layer.weight.data[0, 0] = 300.0
+    packed = pack(layer.weight, "int8")
+    weight = layer.weight.double()
+    error = float((packed.unpack(torch.float32).double() - weight).norm() / weight.norm())
+    monkeypatch.setattr(torch.Tensor, "double", no_float64)
+    done = Frozen("int8")
+    done.measure("here", layer, packed)
+    assert done._worst[0] == pytest.approx(error, rel=1e-5)
+
+
+@pytest.mark.parametrize("storage", ["fp8"])
+def test_a_storage_that_the_device_lacks_is_refused_before_anything_moves(storage: str) -> None:
+    tree = Tree()
+    before = kinds(tree)
+    with Refusal("LG-RUN-012", f"base_storage {storage}", "mps"):
+        freeze(tree, torch.float32, torch.device("mps"), storage=storage)
+    assert kinds(tree) == before and tree.conv_in.weight.dtype == torch.float16
 
 
 def test_a_damaged_weight_is_named() -> None:

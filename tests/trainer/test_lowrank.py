@@ -83,7 +83,7 @@ def test_value_and_gradients_are_those_of_the_changed_weight(kind: str, rows: tu
     found = torch.autograd.grad((out * weights).sum(), (x, bank.down, bank.up))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-    assert bank.reached == set(rows)
+    assert bank.reached == {(row, slot) for row in rows for slot in (0, 1)}
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -224,7 +224,7 @@ def test_a_groups_gradients_go_into_the_buffers() -> None:
     torch.testing.assert_close(into.down_grad, plain.down.grad)
     for ours, theirs in zip(into.banks, plain.banks, strict=True):
         torch.testing.assert_close(ours.up_grad, theirs.up.grad)
-        assert ours.reached == {0, 1}
+        assert ours.reached == {(row, slot) for row in (0, 1) for slot in (0, 1)}
 
 
 def test_gradcheck_of_a_group() -> None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from loragraft.trainer import api
 from loragraft.trainer.adapters import lora
-from loragraft.trainer.engine.frozen import FROZEN
-from loragraft.trainer.engine.precision import place, resolve, strict, visiting
+from loragraft.trainer.engine.frozen import FROZEN, freeze
+from loragraft.trainer.engine.precision import Precision, place, resolve, strict, visiting
 from loragraft.trainer.engine.steps import choose
 from loragraft.trainer.engine.storage import FORMATS, Packed
 from loragraft.trainer.errors import LoraGraftError
 from loragraft_tests.trainer import tiny
+from loragraft_tests.trainer.data_folders import Refusal
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -25,12 +30,29 @@ def adamw() -> torch.optim.Optimizer:
     return torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
 
 
-@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp16")])
-def test_auto_on_a_gpu_takes_what_it_has(
-    monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
-    assert resolve("auto", GPU).name == expected
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch see two GPUs: cuda:0 without bf16, which torch would emulate there, and cuda:1 with it."""
+    current = [torch.device("cuda:0")]
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], device
+        yield
+        current[0] = before
+
+    def is_supported(including_emulation: bool = True) -> bool:
+        return including_emulation or current[0].index == 1
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"old card {device}")
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(("index", "expected"), [(0, "fp16"), (1, "bf16")])
+def test_auto_takes_what_the_wished_gpu_has_without_emulation(index: int, expected: str) -> None:
+    assert resolve("auto", torch.device("cuda", index)).name == expected
 
 
 def test_auto_on_a_cpu_is_fp32() -> None:
@@ -45,12 +67,9 @@ def test_a_cpu_takes_fused_steps_unless_told_otherwise(setting: str, name: str) 
 @pytest.mark.parametrize(
     ("precision", "name"), [("bf16", "captured"), ("fp32", "captured"), ("fp16", "eager")]
 )
-def test_a_gpu_takes_captured_steps_unless_a_loss_scaler_decides(
-    monkeypatch: pytest.MonkeyPatch, precision: str, name: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert choose("auto", resolve(precision, GPU), adamw())[0] == name
-    assert choose("eager", resolve(precision, GPU), adamw())[0] == "eager"
+def test_a_gpu_takes_captured_steps_unless_a_loss_scaler_decides(precision: str, name: str) -> None:
+    assert choose("auto", Precision(precision, GPU), adamw())[0] == name
+    assert choose("eager", Precision(precision, GPU), adamw())[0] == "eager"
 
 
 def test_captured_steps_are_refused_where_they_cannot_be() -> None:
@@ -87,13 +106,11 @@ def test_strict_mode_leaves_the_process_as_it_was() -> None:
         assert state() == before
 
 
-def test_bf16_is_refused_where_the_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
-    with pytest.raises(LoraGraftError) as refused:
-        resolve("bf16", GPU)
-    assert refused.value.code == "LG-RUN-002"
-    assert "an old card" in refused.value.why
+@pytest.mark.usefixtures("two_gpus")
+def test_bf16_is_refused_where_the_gpu_has_none() -> None:
+    with Refusal("LG-RUN-002", "old card cuda:0"):
+        resolve("bf16", torch.device("cuda:0"))
+    assert resolve("bf16", torch.device("cuda:1")).name == "bf16"
 
 
 # ---- placing the weights ----
@@ -191,19 +208,92 @@ def test_a_packed_base_keeps_its_first_and_last_layers_whole(base: api.Base) -> 
     assert not any(isinstance(m, Packed) for part in (parts.vae, parts.text_encoder) for m in part.modules())
 
 
-def test_a_visit_ends_where_it_began() -> None:
-    places: list[str] = []
+# ---- visits to the device ----
 
-    class Traveller(nn.Linear):
-        def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-            places.append(fn(torch.empty(0, device="cpu")).device.type)
-            return self
 
-    module = Traveller(1, 1)
-    with pytest.raises(ValueError, match="inside"), visiting(module, torch.device("meta")):
-        assert places == ["meta"]
-        raise ValueError("inside")
-    assert places == ["meta", "cpu"]
+class Transfers:
+    """Copies in memory that stand in for transfers to a GPU; after ``room`` of them it is full."""
+
+    def __init__(self, room: int = 1000) -> None:
+        self.room, self.made = room, 0
+
+    def __call__(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.made == self.room:
+            raise torch.OutOfMemoryError("full")
+        self.made += 1
+        return tensor.clone()
+
+
+def guest() -> nn.Module:
+    """Return a module with all that is placed: plain, shared, cast and packed weights, and a buffer."""
+    tree = nn.ModuleDict({"plain": nn.Linear(64, 64), "packed": nn.Linear(64, 64), "norm": nn.LayerNorm(4)})
+    tree["cast"] = nn.Sequential(nn.Conv2d(2, 2, 1).half(), nn.Embedding(3, 4).half())
+    tree["again"] = tree["plain"]
+    tree["norm"].register_buffer("ids", torch.arange(3), persistent=False)
+    tree.requires_grad_(False)
+    freeze(tree, torch.float32, CPU, storage="nf4", skip=("plain", "again", "norm", "cast"))
+    freeze(tree, torch.float32, CPU)
+    assert casting(tree) == 3
+    return tree
+
+
+def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return every tensor that a module's layers refer to, whether registered or not, each once."""
+    found = {}
+    for path, layer in module.named_modules():
+        for held in (layer._parameters, layer._buffers, vars(layer)):
+            found |= {f"{path}.{k}": v for k, v in held.items() if isinstance(v, torch.Tensor)}
+    return found
+
+
+def places(module: nn.Module) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in tensors(module).items()}
+
+
+@pytest.mark.parametrize("which", ["layers", "vae", "text_encoder"])
+def test_a_visit_takes_everything_once_and_comes_home_without_a_copy(
+    base: api.Base, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    if which == "layers":
+        module = guest()
+    else:
+        parts = base.load()
+        place(parts, resolve("bf16", CPU), text_at_every_step=False)
+        module = getattr(parts, which)
+    home, objects = places(module), list(map(id, module.parameters()))
+    values = {k: v.clone() for k, v in tensors(module).items()}
+    transfers = Transfers()
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="inside"):
+        patch.setattr(torch.Tensor, "to", transfers)
+        with visiting(module, GPU):
+            away = places(module)
+            assert not [k for k in home if away[k] == home[k]], "all of it is there"
+            assert all(torch.equal(v, values[k]) for k, v in tensors(module).items())
+            assert transfers.made == len(set(home.values()))
+            raise ValueError("inside")
+    assert places(module) == home, "the very memory, so nothing was copied"
+    assert transfers.made == len(set(home.values()))
+    assert list(map(id, module.parameters())) == objects
+
+
+def test_a_visit_that_finds_no_room_leaves_all_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = guest()
+    home, transfers = places(module), Transfers(room=3)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.Tensor, "to", transfers)
+        with visiting(module, GPU):
+            pytest.fail("there was no room")
+    assert transfers.made == 3 and places(module) == home
+
+
+def test_a_visit_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Linear(512, 512).requires_grad_(False)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", Transfers())
+        with visiting(module, GPU):
+            copy = StorageWeakRef(module.weight.untyped_storage())
+    gc.collect()
+    assert copy.expired()
 
 
 # ---- explicit half precision ----

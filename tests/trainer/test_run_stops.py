@@ -328,3 +328,21 @@ def test_errors_of_a_run_are_all_of_the_one_class(
             training.events()
     assert caught.value.code == "LG-SAVE-001"
     assert training.finish().step == 4
+
+
+def test_a_picture_that_vanishes_costs_no_finished_step(
+    training: runs.Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next step is drawn ahead; where that fails, the step before is finished and saved all the same."""
+    tiny.write_images(tmp_path / "1_zibu", [(32, 32)])
+    here = training.elsewhere("here", train_set=runs.train_set(tmp_path))
+    taken = []
+    with pytest.raises(LoraGraftError):
+        for event in here.start(max_train_steps=6, cache_latents=False):
+            if isinstance(event, api.Step):
+                taken.append(event.step)
+                if event.step == 3:
+                    for file in (tmp_path / "1_zibu").glob("*.png"):
+                        file.unlink()
+    assert runs.newest(runs.run_folder(here.places)).name == f"step-{taken[-1]:06d}"
+    assert taken[-1] in (3, 4)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loragraft.trainer.engine.storage import BLOCK, FORMATS, NF4_LEVELS, Packed, pack
+from loragraft.trainer.engine.storage import BLOCK, FORMATS, NF4_LEVELS, Packed, pack, refuse_lacking
 from loragraft_tests.trainer.data_folders import Refusal
 
 SHAPES = st.lists(st.integers(1, 9), min_size=2, max_size=4).map(tuple) | st.sampled_from(
@@ -102,6 +102,16 @@ def test_a_value_that_is_not_finite_is_refused(storage: str, value: float) -> No
     weight[1, 5] = value
     with Refusal("LG-BASE-009", storage, "(3, 70)"):
         pack(weight, storage)
+
+
+@pytest.mark.parametrize("storage", ["as_is", *FORMATS])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_only_apples_gpus_lack_a_format(storage: str, device: str) -> None:
+    if (storage, device) != ("fp8", "mps"):
+        refuse_lacking(storage, torch.device(device))
+        return
+    with Refusal("LG-RUN-012", "fp8", "mps", "int8 or nf4"):
+        refuse_lacking(storage, torch.device(device))
 
 
 @pytest.mark.parametrize("storage", FORMATS)

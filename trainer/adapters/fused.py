@@ -48,6 +48,7 @@ def fuse(parts: Parts, adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple
             down.view(flat.work_grads),
             up.view(flat.work_grads),
             slots,
+            flat.reached,
         )
     for attention, members in _self_attentions(parts.denoiser):
         if (group := _group(flat, members)) is not None:

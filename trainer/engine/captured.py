@@ -8,7 +8,7 @@ Every capture is checked against that engine's gradients of the same batch befor
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +18,8 @@ import torch
 from ..errors import one_line
 from .steps import Fused, Key, Micro, Rows, Tensors, on_device, rows_of, together
 
-MAX_GRAPHS = 16  # the least recently used one goes; their memory is one shared pool
+MAX_GRAPHS = 16  # further shapes run fused: making a graph anew again and again costs more than it saves
+MET_BEFORE = 1  # a graph is made for a shape that comes again: some come once in an epoch, or never again
 WARMUPS = 2  # cuBLAS, cuDNN and the autograd engine set themselves up in the first runs
 # Replayed against uncaptured gradients, relative L2: reductions may be ordered otherwise, nothing more.
 TOLERANCE = 2e-2
@@ -40,7 +41,8 @@ class Captured:
     def __init__(self, fused: Fused) -> None:
         self.fused, self.device = fused, fused.device
         self.notes: list[str] = []
-        self._graphs: OrderedDict[Key, _Graph | None] = OrderedDict()
+        self._graphs: dict[Key, _Graph | None] = {}
+        self._met: Counter[Key] = Counter()
         self._updates: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = _capture_stream(self.device)
@@ -54,12 +56,10 @@ class Captured:
         """See `steps.Engine`."""
         rows, counts, tensors = rows_of(micros), tuple(m.count for m in micros), together(micros)
         key: Key = (rows, counts, micros[0].shape)
-        if key not in self._graphs:
+        if key not in self._graphs and self._met[key] >= MET_BEFORE and len(self._graphs) < MAX_GRAPHS:
             self._graphs[key] = self._captured(rows, counts, tensors)
-            if len(self._graphs) > MAX_GRAPHS:
-                self._graphs.popitem(last=False)
-        self._graphs.move_to_end(key)
-        found = self._graphs[key]
+        self._met[key] += 1
+        found = self._graphs.get(key)
         if found is None:
             return list(self.fused.run(rows, counts, on_device(self.device, tensors)).unbind())
         for static, new in zip(found.inputs, tensors, strict=True):
@@ -82,6 +82,10 @@ class Captured:
         graph, norm = self._updates[row]
         graph.replay()
         return norm.clone()
+
+    def reload(self, row: int) -> None:
+        """See `steps.Engine`."""
+        self.fused.reload(row)
 
     def close(self) -> None:
         """See `steps.Engine`: drop the graphs."""

@@ -65,6 +65,8 @@ class Flat:
             place = slot.cut(self.values[row], param)
             place.copy_(param.detach())
             param.data = place
+        # (row, slot) wherever a gradient has come to; what it never reaches is no optimizer's business
+        self.reached: set[tuple[int, int]] = set()
         self.refresh()
 
     def refresh(self, row: int | None = None) -> None:
@@ -73,11 +75,12 @@ class Flat:
             part = slice(None) if row is None else slice(row, row + 1)
             self.work[part].copy_(self.values[part])
 
-    def collect(self) -> None:
-        """Add a micro-batch's gradients in the dtype of the arithmetic to the float32 sums."""
+    def collect(self, rows: Sequence[int]) -> None:
+        """Add a micro-batch's gradients in the dtype of the arithmetic to the float32 sums of these rows."""
         if self.work_grads is not self.grads:
-            self.grads += self.work_grads
-            self.work_grads.zero_()
+            part = slice(rows[0], rows[-1] + 1)
+            self.grads[part] += self.work_grads[part]
+            self.work_grads[part].zero_()
 
     def gradient(self, param: nn.Parameter) -> torch.Tensor:
         """Return a view on the gradient of one parameter."""
@@ -133,6 +136,8 @@ class FlatOptimizer:
             if tensors:
                 groups.append({**group, "params": tensors, "of": number})
         inner = type(self.optimizer)(groups)  # type: ignore[call-arg]
+        # Also where updates are captured, the first one is not: it makes the state. torch need not warn.
+        inner._warned_capturable_if_run_uncaptured = True
         for segment in self._segments:
             for param, place in segment.places:
                 for key, value in self.optimizer.state.get(param, {}).items():

@@ -82,7 +82,7 @@ class _Linears(torch.autograd.Function):
         for k, (bank, dy, up) in enumerate(zip(group.banks, dys, ups, strict=True)):
             part = group.part(hidden, k)
             into_ups.append(add_product(bank.up_grad, up, rows, dy.transpose(1, 2), part, number))
-            bank.reached.update(rows)
+            bank.reach(rows)
         return grad_x, into_down, None, None, *into_ups
 
 

@@ -27,8 +27,8 @@ class Bank:
 
     ``down`` (N, r, in) and ``up`` (N, out, r); of a convolution (N, r, in, kh, kw) and (N, out, r, 1, 1).
     ``scales`` has one number a run. Where gradient tensors are given, backward adds to them and returns
-    none. ``slots`` says where the two lie in the flat buffers, ``reached`` holds the rows that a gradient has
-    come to.
+    none. ``slots`` says where the two lie in the flat buffers, ``reached`` holds (row, slot)
+    wherever a gradient has come to.
     """
 
     down: torch.Tensor
@@ -37,9 +37,13 @@ class Bank:
     down_grad: torch.Tensor | None = None
     up_grad: torch.Tensor | None = None
     slots: tuple[int, int] = (0, 1)
-    reached: set[int] = field(default_factory=set)
+    reached: set[tuple[int, int]] = field(default_factory=set)
     # Small tensors on the device, made once: a captured step must not copy from the host.
     _kept: dict[tuple[float, ...], torch.Tensor] = field(default_factory=dict)
+
+    def reach(self, rows: tuple[int, ...]) -> None:
+        """Remember that gradients came to these rows."""
+        self.reached.update((row, slot) for row in rows for slot in self.slots)
 
     def scale(self, rows: tuple[int, ...]) -> tuple[float, torch.Tensor | None]:
         """Return the number that products are multiplied by, or 1 and a factor (N, 1, 1) on A x."""
@@ -112,7 +116,7 @@ class _Linear(torch.autograd.Function):
                 add_product(bank.down_grad, down, rows, dh.transpose(1, 2), x, number),
                 add_product(bank.up_grad, up, rows, dy.transpose(1, 2), hidden, number),
             )
-            bank.reached.update(rows)
+            bank.reach(rows)
         return grad_x, *returned, None, None, None
 
 
@@ -159,7 +163,7 @@ class _Convolution(torch.autograd.Function):
                 into[0][row].add_(down_grad, alpha=scale)
                 into[1][row].add_(up_grad, alpha=scale)
         if wants_adapter:
-            bank.reached.update(rows)
+            bank.reach(rows)
         grad_x = None if not grads_x else grads_x[0] if len(rows) == 1 else torch.cat(grads_x)
         return grad, grad_x, *returned, None, None, None
 

@@ -57,6 +57,9 @@ class Engine(Protocol):
     def update(self, row: int, max_norm: float) -> torch.Tensor:
         """Clip, take the optimizer's step, clear the gradients of one run; return their norm before."""
 
+    def reload(self, row: int) -> None:
+        """Take over what was written into a run's parameters from outside."""
+
     def close(self) -> None:
         """Free what the engine holds on the device."""
 
@@ -99,6 +102,9 @@ class Eager:
             optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def reload(self, row: int) -> None:
+        """See `Engine`: there is no other copy."""
+
     def close(self) -> None:
         """See `Engine`: nothing is held."""
 
@@ -123,6 +129,7 @@ class Fused:
         self.loss_of, self.flat, self.banks = loss_of, flat, banks
         self.device, self.deterministic = device, deterministic
         self.optimizers = [FlatOptimizer(o, flat, row) for row, o in enumerate(optimizers)]
+        self._reached: dict[int, tuple[int, frozenset[int]]] = {}
         self.notes: list[str] = []
 
     def backward(self, micros: Sequence[Micro]) -> list[torch.Tensor]:
@@ -136,7 +143,7 @@ class Fused:
             losses = self.loss_of(rows, tensors)
             shares = [loss / count for loss, count in zip(losses.unbind(), counts, strict=True)]
             torch.autograd.backward(shares)
-            self.flat.collect()
+            self.flat.collect(rows)
         return losses.detach()
 
     def update(self, row: int, max_norm: float) -> torch.Tensor:
@@ -144,9 +151,16 @@ class Fused:
         with strict(self.deterministic):
             return self.optimizers[row].step(max_norm, self.reached(row))
 
+    def reload(self, row: int) -> None:
+        """See `Engine`: the working copy."""
+        self.flat.refresh(row)
+
     def reached(self, row: int) -> frozenset[int]:
         """Return the slots of a run that a gradient has come to."""
-        return frozenset(slot for bank in self.banks if row in bank.reached for slot in bank.slots)
+        found = self.flat.reached
+        if row not in self._reached or self._reached[row][0] != len(found):
+            self._reached[row] = (len(found), frozenset(slot for own, slot in found if own == row))
+        return self._reached[row][1]
 
     def close(self) -> None:
         """See `Engine`: the buffers live as long as the run."""
