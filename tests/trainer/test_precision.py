@@ -214,14 +214,16 @@ def test_a_packed_base_keeps_its_first_and_last_layers_whole(base: api.Base) -> 
 class Transfers:
     """Copies in memory that stand in for transfers to a GPU; after ``room`` of them it is full."""
 
-    def __init__(self, room: int = 1000) -> None:
-        self.room, self.made = room, 0
+    def __init__(self, patch: pytest.MonkeyPatch, room: int = 1000) -> None:
+        self.made = 0
 
-    def __call__(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.made == self.room:
-            raise torch.OutOfMemoryError("full")
-        self.made += 1
-        return tensor.clone()
+        def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.made == room:
+                raise torch.OutOfMemoryError("full")
+            self.made += 1
+            return tensor.clone()
+
+        patch.setattr(torch.Tensor, "to", to)
 
 
 def guest() -> nn.Module:
@@ -262,9 +264,8 @@ def test_a_visit_takes_everything_once_and_comes_home_without_a_copy(
         module = getattr(parts, which)
     home, objects = places(module), list(map(id, module.parameters()))
     values = {k: v.clone() for k, v in tensors(module).items()}
-    transfers = Transfers()
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="inside"):
-        patch.setattr(torch.Tensor, "to", transfers)
+        transfers = Transfers(patch)
         with visiting(module, GPU):
             away = places(module)
             assert not [k for k in home if away[k] == home[k]], "all of it is there"
@@ -278,9 +279,9 @@ def test_a_visit_takes_everything_once_and_comes_home_without_a_copy(
 
 def test_a_visit_that_finds_no_room_leaves_all_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     module = guest()
-    home, transfers = places(module), Transfers(room=3)
+    home = places(module)
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(torch.Tensor, "to", transfers)
+        transfers = Transfers(patch, room=3)
         with visiting(module, GPU):
             pytest.fail("there was no room")
     assert transfers.made == 3 and places(module) == home
@@ -289,7 +290,7 @@ def test_a_visit_that_finds_no_room_leaves_all_at_home(monkeypatch: pytest.Monke
 def test_a_visit_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Linear(512, 512).requires_grad_(False)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "to", Transfers())
+        Transfers(patch)
         with visiting(module, GPU):
             copy = StorageWeakRef(module.weight.untyped_storage())
     gc.collect()

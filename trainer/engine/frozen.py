@@ -7,6 +7,7 @@ for which the weight is brought again. Every function looks at shapes only, so a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .storage import Packed, pack
+from .storage import Packed, pack, refuse_lacking
 
 
 def dense(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
@@ -143,7 +144,6 @@ class Frozen:
     """What `freeze` did: layers that bring their weight when it is used, and what packing cost."""
 
     storage: str = "as_is"
-    num_casting: int = 0
     num_packed: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
@@ -154,9 +154,7 @@ class Frozen:
         """Count a packed layer, and how far its weight is from what it was."""
         weight = cast(torch.Tensor, layer.weight)
         values = weight.detach().to(packed.device).float()
-        error, whole = (
-            float(v.double().square().sum()) for v in (packed.unpack(torch.float32) - values, values)
-        )
+        error, whole = (_sum_of_squares(v) for v in (packed.unpack(torch.float32) - values, values))
         sums = self._squares.setdefault("linear" if isinstance(layer, nn.Linear) else "conv", [0.0, 0.0])
         sums[0], sums[1] = sums[0] + error, sums[1] + whole
         self._worst = max(self._worst, ((error / whole) ** 0.5 if whole else 0.0, path))
@@ -193,9 +191,11 @@ def freeze(
     With a ``storage`` of FORMATS, linear layers and convolutions are packed, except below the children
     of ``root`` named in ``skip``. Of the others, a layer whose weight has another dtype keeps it and
     casts at each use if ``keeps(weight)``; the rest, norms too, is converted for good. Weights are never
-    written to: what changes is new memory. Paths stay; layers that are trained are left alone.
+    written to: what changes is new memory. Paths stay; layers that are trained are left alone. Raises
+    LG-RUN-012 for a storage that the device lacks.
     """
     done = Frozen(storage)
+    refuse_lacking(storage, device or next(root.parameters()).device)
     made: dict[nn.Module, nn.Module] = {}
     for path, layer in list(root.named_modules(remove_duplicate=False)):
         kind = _kind(layer)
@@ -209,7 +209,6 @@ def freeze(
             done.measure(path, layer, packed)
             new = kind(layer, dtype, packed)
         elif weight.dtype != dtype and keeps(weight):
-            done.num_casting += 1
             new = kind(layer, dtype)
         else:
             continue
@@ -223,6 +222,11 @@ def freeze(
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device=device))
     return done
+
+
+def _sum_of_squares(matrix: torch.Tensor) -> float:
+    """Add float32 squares row by row, and the rows exactly: Apple's GPUs have no float64."""
+    return math.fsum(matrix.flatten(1).square().sum(1).tolist())
 
 
 def _kind(layer: nn.Module) -> Any:

@@ -22,21 +22,23 @@ SIZE_HINT = 32  # the layout is chosen for maps of this side, whatever comes, so
 SAME = ([1, 1], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
 
 
-class PackedConv2d(nn.Module):
+class PackedConv2d(nn.Conv2d):
     """A frozen 3x3 convolution of stride 1 and padding 1 on reordered weights."""
 
     def __init__(self, base: nn.Conv2d) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels = base.in_channels, base.out_channels
-        self.kernel_size, self.stride, self.padding = base.kernel_size, base.stride, base.padding
-        self.dilation, self.groups = base.dilation, base.groups
+        nn.Module.__init__(self)
+        for name in nn.Conv2d.__constants__:
+            setattr(self, name, getattr(base, name))
         weight = base.weight.detach()
         self.bias = base.bias
         self.num_bytes = 2 * weight.nbytes
-        # What is left of it for code that looks at a layer's weight: shape and dtype.
-        self.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
         self.forwards = _packed(weight)
         self.backwards = _packed(weight.flip(2, 3).transpose(0, 1).contiguous())
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The weight in its plain layout, in new memory, for code that looks at a layer's weight."""
+        return self.forwards.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, in, H, W) -> (B, out, H, W)."""

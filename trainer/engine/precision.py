@@ -61,10 +61,10 @@ def resolve(setting: str, device: torch.device) -> Precision:
     """Choose the precision: 'auto' is bf16 (else fp16) on a GPU and fp32 on a CPU."""
     if setting == "auto":
         if device.type == "cuda":
-            setting = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            setting = "bf16" if _has_bf16(device) else "fp16"
         else:
             setting = "fp32"
-    if setting == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if setting == "bf16" and device.type == "cuda" and not _has_bf16(device):
         raise LoraGraftError(
             "LG-RUN-002",
             "This GPU has no bf16.",
@@ -73,6 +73,12 @@ def resolve(setting: str, device: torch.device) -> Precision:
             fix="set mixed_precision to fp16 or auto",
         )
     return Precision(setting, device)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Say whether this GPU computes in bf16; older ones emulate it, slower than fp32."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @contextlib.contextmanager
@@ -136,10 +142,17 @@ def place(
 
 @contextlib.contextmanager
 def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have a module on ``device`` for a while; then it goes back to where it was."""
-    home = next(module.parameters()).device
-    nn.Module.to(module, device)  # diffusers' own `to` warns about nothing here
+    """Have a module's parameters and buffers on ``device`` for a while.
+
+    Then they are the memory again that they were, which stayed as it was: no copy comes back, pages that a
+    host or a file shares stay shared, and a device that ran full half-way leaves nothing there.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    homes = [tensor.data for tensor in tensors]
     try:
+        for tensor, home in zip(tensors, homes, strict=True):
+            tensor.data = home.to(device)
         yield
     finally:
-        nn.Module.to(module, home)
+        for tensor, home in zip(tensors, homes, strict=True):
+            tensor.data = home

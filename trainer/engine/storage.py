@@ -67,11 +67,28 @@ class Packed(nn.Module):
 
 @dataclass(frozen=True)
 class Format:
-    """How a finite float32 weight becomes tensors, and these a weight again; ``help`` is one line."""
+    """How a finite float32 weight becomes tensors, and these a weight again; ``help`` is one line.
+
+    ``lacking`` names the kinds of device that cannot hold it.
+    """
 
     help: str
     pack: Callable[[torch.Tensor], Tensors]
     unpack: Callable[[Tensors, torch.Size, torch.dtype], torch.Tensor]
+    lacking: tuple[str, ...] = ()
+
+
+def refuse_lacking(storage: str, device: torch.device) -> None:
+    """Raise LG-RUN-012 for a storage ("as_is" or of FORMATS) that this kind of device cannot hold."""
+    if storage != "as_is" and device.type in FORMATS[storage].lacking:
+        others = [name for name, format in FORMATS.items() if device.type not in format.lacking]
+        raise LoraGraftError(
+            "LG-RUN-012",
+            f"The device has no {storage}.",
+            where=f"base_storage {storage}, device {device}",
+            why=f"torch has no such numbers on {device.type}.",
+            fix=f"set base_storage to {' or '.join(others)}, or to as_is",
+        )
 
 
 def pack(weight: torch.Tensor, storage: str, *, name: str = "a weight") -> Packed:
@@ -132,7 +149,9 @@ def _unpack_nf4(packed: Tensors, shape: torch.Size, dtype: torch.dtype) -> torch
 
 
 FORMATS: dict[str, Format] = {
-    "fp8": Format("1 byte a value, e4m3 with a scale for each output channel", _pack_fp8, _unpack_fp8),
+    "fp8": Format(
+        "1 byte a value, e4m3 with a scale for each output channel", _pack_fp8, _unpack_fp8, ("mps",)
+    ),
     "int8": Format("1 byte a value, a scale for each output channel", _pack_int8, _unpack_int8),
     "nf4": Format("0.56 bytes a value, QLoRA's 4 bits with a scale for 64 values", _pack_nf4, _unpack_nf4),
 }
