@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import cast
 
 import torch
@@ -47,10 +48,10 @@ class LowRank(nn.Module):
     def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
         super().__init__()
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
-        weight, kernel = base.weight, tuple(base.weight.shape[2:])
-        # The dtype is named, because a frozen layer of another storage has a weight of that.
-        self.down = nn.Parameter(torch.empty(rank, weight.shape[1], *kernel, device=weight.device))
-        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, *(1 for _ in kernel), device=weight.device))
+        fan_in, fan_out, kernel = _shape_of(base)
+        device = _device_of(base)
+        self.down = nn.Parameter(torch.empty(rank, fan_in, *kernel, device=device))
+        self.up = nn.Parameter(torch.zeros(fan_out, rank, *(1 for _ in kernel), device=device))
 
 
 class _Layer(nn.Module):
@@ -267,6 +268,18 @@ def remove(parts: Parts, adapter: Adapter) -> None:
             del parent.grouped_qkv
 
 
+def _shape_of(layer: nn.Linear | nn.Conv2d) -> tuple[int, int, tuple[int, ...]]:
+    """Return inputs, outputs and kernel; a frozen layer may have to unpack its weight, which is not asked."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features, ()
+    return layer.in_channels // layer.groups, layer.out_channels, layer.kernel_size
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    held = next(chain(layer.parameters(), layer.buffers()), None)
+    return cast(torch.Tensor, layer.weight).device if held is None else held.device
+
+
 def _shape(settings: Settings, target: Target) -> tuple[int, float] | None:
     """Return rank and alpha of a target, or None where the settings leave it out."""
     wanted = {"denoiser": settings.denoiser, "text_encoder": settings.text_encoder}
@@ -292,7 +305,7 @@ def _find(parts: Parts, target: Target) -> nn.Linear | nn.Conv2d:
 def _replace(parts: Parts, target: Target, lows: Sequence[LowRank | None], rows: Rows) -> LoRAModule:
     parent, name = _place(parts, target)
     base = getattr(parent, name)
-    layer = LoRALinear if base.weight.ndim == 2 else LoRAConv
+    layer = LoRALinear if isinstance(base, nn.Linear) else LoRAConv
     module: LoRAModule = layer(base, lows, rows)
     setattr(parent, name, module)
     return module

@@ -1,7 +1,8 @@
 """Weights that are brought when asked for: a file's tensors, and views of any tensors under other names.
 
-A tensor of a file is mapped by itself and lets its pages go with its last user, so that converting a
-model keeps one tensor twice in memory, not the file beside its copy.
+A file is mapped in stretches of neighbouring tensors. Each lets its pages go with the last user of its
+tensors, so that converting a model keeps a few stretches twice in memory, not the file beside its copy.
+A map for each tensor would take a descriptor each, and systems allow as few as 256.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import struct
+import threading
 import weakref
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,11 +35,15 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+STRETCH = 64 * 2**20  # bytes at least, but for a file's last
+MOST_STRETCHES = 64  # in a file
+Place = tuple[int, int]  # a file's first byte, and the one after the last
 
 
 class FileWeights(Mapping[str, torch.Tensor]):
     """The tensors of a .safetensors file; what is read stays that file's, whatever takes its name.
 
+    Who asks for a tensor twice, or from another thread, gets the same memory while it is in use.
     Raises SafetensorError or OSError for a file that is damaged, TypeError for an unknown dtype.
     """
 
@@ -51,17 +57,29 @@ class FileWeights(Mapping[str, torch.Tensor]):
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
                 raise TypeError(f"{name} has the unknown dtype {entry['dtype']}")
-        self._tensors = {
-            name: (DTYPES[entry["dtype"]], entry["shape"], *(8 + length + i for i in entry["data_offsets"]))
-            for name, entry in header.items()
+        start = 8 + length
+        places = {
+            name: (start + e["data_offsets"][0], start + e["data_offsets"][1]) for name, e in header.items()
         }
+        self._tensors = {
+            name: (DTYPES[entry["dtype"]], entry["shape"], places[name]) for name, entry in header.items()
+        }
+        self._stretches = stretches(places)
+        self._maps: weakref.WeakValueDictionary[Place, mmap.mmap] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        dtype, shape, start, end = self._tensors[name]
+        dtype, shape, (start, end) = self._tensors[name]
         if start == end:
             return torch.empty(shape, dtype=dtype)
-        page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        mapped = mmap.mmap(self._file.fileno(), end - page, access=mmap.ACCESS_COPY, offset=page)
+        stretch = self._stretches[name]
+        page = stretch[0] // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        with self._lock:
+            mapped = self._maps.get(stretch)
+            if mapped is None:
+                size = stretch[1] - page
+                mapped = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY, offset=page)
+                self._maps[stretch] = mapped
         count = (end - start) // dtype.itemsize
         return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start - page).view(shape)
 
@@ -70,6 +88,22 @@ class FileWeights(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def stretches(places: Mapping[str, Place]) -> dict[str, Place]:
+    """Cut a file into at most MOST_STRETCHES; return which one each tensor that is not empty lies in."""
+    ordered = sorted((place, name) for name, place in places.items() if place[0] < place[1])
+    size = max(STRETCH, -(-sum(end - start for (start, end), _ in ordered) // MOST_STRETCHES))
+    found: dict[str, Place] = {}
+    inside: list[str] = []
+    first = 0
+    for i, ((start, end), name) in enumerate(ordered):
+        first = first if inside else start
+        inside.append(name)
+        if end - first >= size or i == len(ordered) - 1:
+            found.update(dict.fromkeys(inside, (first, end)))
+            inside = []
+    return found
 
 
 def joined(files: Sequence[FileWeights]) -> Mapping[str, torch.Tensor]:
