@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer.api",),
     ("trainer.together",),
     ("trainer.fit", "trainer.loop"),
+    ("trainer.costs",),
     ("trainer.run", "trainer.publish"),
     (
         "trainer.demo",

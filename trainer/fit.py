@@ -4,218 +4,200 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, cast
 
 import torch
 from torch import nn
 
+from .costs import Largest, case_of, costs_of_runs, flat_of, placed_bytes
 from .engine.captured import Captured
-from .engine.checkpointing import blocks, checkpoint_blocks
-from .engine.meter import CannotMeasure, measure, tensor_bytes
-from .engine.packed_conv import packed_bytes
-from .engine.planner import Plan, compare, plan
-from .engine.predictor import SAMPLING, Case, Costs, Footprints, costs_of, dry_run, free_bytes
-from .engine.steps import Eager, Fused, Tensors
-from .engine.swap import Swap
-from .inputs import Fed
+from .engine.checkpointing import Undo, blocks, checkpoint_blocks
+from .engine.meter import CannotMeasure
+from .engine.planner import Plan, advice, beyond_room, compare, is_out_of_memory, plan
+from .engine.predictor import Case, Footprints, dry_run, free_bytes
+from .engine.swap import Swap, frozen
+from .errors import LoraGraftError
 from .run import Run
 
 SMALL_BYTES = 256 * 2**20  # a base below this fits everywhere: nothing is predicted
-ADAMW_BYTES = 8  # two moments of each trained number
-LATENT_CHANNELS = 4
+SWAPS_ON = ("cuda",)  # devices with memory apart from the host's
+CAPTURED = "captured steps"  # how the line in `Run.how` begins
+NOT_CAPTURED = "fused steps (one function a layer; blocks that are swapped rule out CUDA graphs)"
 
 
 @dataclass
 class Fitted:
-    """What was found and done; ``plan`` is None where nothing was predicted."""
+    """What was found and is switched on; ``plan`` is None where nothing was predicted.
 
+    ``found`` are the blocks that can be checkpointed, in forward order, those of the denoiser last.
+    """
+
+    found: Sequence[nn.Module] = ()
     lines: list[str] = field(default_factory=list)
     plan: Plan | None = None
+    footprints: Footprints | None = None
+    _swap: Swap | None = None
+    _checkpointing: Undo | None = None
+
+    def put_on(self, choice: Case, device: torch.device) -> None:
+        """Put swapping, then checkpointing on the blocks."""
+        if choice.swapped:
+            self._swap = Swap(self.found[len(self.found) - choice.swapped :], device)
+        if choice.checkpointed and self.footprints is not None:
+            chosen = self.footprints.chosen(choice.batch, choice.size, choice.checkpointed)
+            self._checkpointing = checkpoint_blocks(chosen)
+
+    def take_off(self, *, for_good: bool = False) -> None:
+        """Undo both; swapped weights stay in the host's memory, or are let go ``for_good``."""
+        if self._checkpointing is not None:
+            self._checkpointing()
+        if self._swap is not None:
+            self._swap.undo(torch.device("cpu"), let_go=for_good)
+        self._swap = self._checkpointing = None
+
+    def close(self) -> None:
+        """Take off what is on and hold nothing: the base's modules go with the runs."""
+        self.take_off(for_good=True)
+        self.found, self.plan, self.footprints = (), None, None
 
 
-def fit(runs: Sequence[Run]) -> Fitted:
+def fit(runs: Sequence[Run], fitted: Fitted) -> None:
     """Predict the peak of runs that share a base, and checkpoint or swap as set, or as it takes to fit.
 
-    Raises LG-MEM-001 where `memory: auto` finds no measure that leaves the LoRA the same.
+    Raises LG-MEM-001 where `memory: auto` finds no measure that leaves the LoRA the same, LG-MEM-003 and
+    LG-RUN-008 where blocks are to be swapped that cannot be.
     """
-    first = runs[0]
-    config, device = first.config, first.precision.device
-    trains_text = any(m.target.part == "text_encoder" for run in runs for m in run.adapter.modules)
+    first, device = runs[0], runs[0].precision.device
     of_denoiser = blocks(first.parts.denoiser)
+    can_swap = _check_swapping(first, of_denoiser)
+    trains_text = any(m.target.part == "text_encoder" for run in runs for m in run.adapter.modules)
     found = [*(blocks(first.parts.text_encoder) if trains_text else []), *of_denoiser]
-    in_step = [first.parts.denoiser] + ([] if first.inputs.keeps_text else [first.parts.text_encoder])
-    footprints = Footprints(
-        lambda tensors: _losses_of(first)(tuple(range(len(runs))), tensors).sum(),
-        partial(_inputs, runs),
-        in_step,
-        device,
-        found,
-    )
-    width, height = max((b for run in runs for b in run.train_set.buckets), key=lambda b: b[0] * b[1])
-    swapped = min(config.blocks_to_swap, len(of_denoiser))
-    start = Case(
-        max(run.config.train_batch_size for run in runs),
-        (height, width),
-        max(run.config.network_dim for run in runs),
-        config.base_storage,
-        len(found) if config.gradient_checkpointing or swapped else 0,
-        swapped,
-    )
-    fitted = Fitted()
-    packed = packed_bytes(first.parts.denoiser)
-    placed = packed + tensor_bytes((t for module in in_step for t in module.parameters()), device)
+    largest = Largest(runs)
+    footprints = Footprints(largest.loss, largest.inputs, largest.modules(), device, found)
+    fitted.found, fitted.footprints = found, footprints
+    choice = case_of(runs, len(found), len(of_denoiser))
+    placed = placed_bytes(largest, device)
     if placed >= SMALL_BYTES:
         try:
-            costs = _costs(runs, in_step, found, footprints, start)
-            costs = replace(costs, weights=costs.weights + packed)
-            fitted = _planned(costs, start, placed, num_swappable=len(of_denoiser), runs=runs)
+            costs = costs_of_runs(largest, found, footprints, choice)
+            free = free_bytes(device)
+            fitted.plan = plan(
+                costs,
+                choice,
+                None if free is None else free + placed,
+                num_swappable=len(of_denoiser) if can_swap else 0,
+                may_change=first.config.memory == "auto",
+            )
+            fitted.lines, choice = list(fitted.plan.lines), fitted.plan.choice
         except CannotMeasure as error:
             fitted.lines.append(f"memory cannot be predicted here: {error}")
-    choice = start if fitted.plan is None else fitted.plan.choice
-    _apply(runs, choice, found, footprints)
-    return fitted
+    _apply(runs, fitted, choice)
+    _forget_gradients(first)
 
 
 def check(runs: Sequence[Run], fitted: Fitted) -> None:
-    """On a GPU, take the largest micro-batch once for real and compare; plan anew where it takes more."""
-    made, first = fitted.plan, runs[0]
-    if made is None or first.precision.device.type != "cuda":
-        return
-    case = made.choice
-    inputs = tuple(
-        None if x is None else torch.zeros_like(x, device=first.precision.device)
-        for x in _inputs(runs, case.batch, case.size)
-    )
-    needed = dry_run(
-        lambda tensors: _losses_of(first)(tuple(range(len(runs))), tensors).sum(),
-        inputs,
-        [p for run in runs for p in run.parameters],
-        first.precision.device,
-    )
-    flat = _flat(first)
-    if flat is not None:  # fused gradients went there
+    """On a GPU, take the largest micro-batch once for real and compare; fit anew where it takes more.
+
+    A shortage counts as more than there is. Raises LG-MEM-001, and LG-MEM-002 where nothing can be changed.
+    """
+    first = runs[0]
+    while (made := fitted.plan) is not None:
+        needed = _dry_run(runs, made)
+        if needed is None:
+            return
+        short = needed if isinstance(needed, BaseException) else None
+        if isinstance(needed, int):
+            beyond, line = compare(made, needed)
+            if not beyond:
+                fitted.lines.append(line)
+                return
+        elif made.room_bytes is None or first.config.memory != "auto":
+            raise advice(needed, made)
+        else:
+            beyond, line = beyond_room(made), "memory: a dry run took more than there is"
+        fitted.take_off()  # what is really checkpointed would count twice
+        costs = replace(made.costs, extra=made.costs.extra + beyond)
+        try:
+            fitted.plan = plan(
+                costs,
+                made.choice,
+                made.room_bytes,
+                num_swappable=made.num_swappable,
+                may_change=first.config.memory == "auto",
+            )
+        except LoraGraftError:
+            if short is None:
+                raise
+            raise advice(short, made) from short
+        fitted.lines += [line, *fitted.plan.lines]
+        _apply(runs, fitted, fitted.plan.choice)
+        _forget_gradients(first)
+        if fitted.plan.choice == made.choice:
+            return
+
+
+def _dry_run(runs: Sequence[Run], made: Plan) -> int | BaseException | None:
+    """Return the bytes that a micro-batch took, or the shortage that it ended in; None where none is made."""
+    first, largest, case = runs[0], Largest(runs), made.choice
+    inputs = largest.inputs(case.batch, case.size)
+    try:
+        parameters = [p for run in runs for p in run.parameters]
+        return dry_run(largest.loss, inputs, parameters, first.precision.device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return error.with_traceback(None)  # its frames hold the activations
+    finally:
+        _forget_gradients(first)
+
+
+def _apply(runs: Sequence[Run], fitted: Fitted, choice: Case) -> None:
+    """Switch on what was chosen; with swapped blocks, captured steps become fused ones."""
+    engine = runs[0].engine
+    if choice.swapped and isinstance(engine, Captured):  # which block is where is decided on the host
+        for run in runs:
+            run.engine = engine.fused
+            run.how = [NOT_CAPTURED if line.startswith(CAPTURED) else line for line in run.how]
+    fitted.put_on(choice, runs[0].precision.device)
+
+
+def _forget_gradients(run: Run) -> None:
+    """Let fused gradients be as before the first step: what was measured reached parameters too."""
+    flat = flat_of(run)
+    if flat is not None:
+        flat.reached.clear()
         flat.grads.zero_()
         flat.work_grads.zero_()
-    if needed is None:
-        return
-    beyond, line = compare(made, needed)
-    fitted.lines.append(line)
-    if beyond:
-        costs = replace(made.costs, extra=beyond)
-        may = first.config.memory == "auto"
-        again = plan(costs, case, made.room_bytes, num_swappable=made.num_swappable, may_change=may)
-        fitted.plan, fitted.lines = again, [*fitted.lines, *again.lines]
 
 
-def _planned(costs: Costs, start: Case, placed: int, *, num_swappable: int, runs: Sequence[Run]) -> Fitted:
-    device = runs[0].precision.device
-    free = free_bytes(device)
-    room = None if free is None else free + placed
-    made = plan(
-        costs,
-        start,
-        room,
-        num_swappable=num_swappable if device.type == "cuda" else 0,
-        may_change=runs[0].config.memory == "auto",
-    )
-    return Fitted(list(made.lines), made)
+def _check_swapping(run: Run, of_denoiser: Sequence[nn.Module]) -> bool:
+    """Say whether blocks may be swapped; refuse LG-MEM-003, LG-RUN-008 where the user sets it and cannot."""
+    config, device = run.config, run.precision.device
+    if config.blocks_to_swap and config.engine == "captured":
+        raise LoraGraftError(
+            "LG-RUN-008",
+            "Captured steps are not possible with swapped blocks.",
+            where="engine and blocks_to_swap",
+            why="a CUDA graph reads weights at fixed places, and swapped ones move.",
+            fix="set engine to auto or fused, or blocks_to_swap to 0",
+        )
+    if device.type not in SWAPS_ON:
+        return False
+    is_shared = _is_shared(run, of_denoiser)
+    if config.blocks_to_swap and is_shared:
+        raise LoraGraftError(
+            "LG-MEM-003",
+            "The base model's blocks cannot be swapped: its weights are shared.",
+            where=f"blocks_to_swap: {config.blocks_to_swap}",
+            why="the program that loaded them keeps them on the device, so nothing would be freed.",
+            fix="set blocks_to_swap to 0 (gradient_checkpointing saves memory too), or open the base's file",
+        )
+    return not is_shared and config.engine != "captured"
 
 
-def _apply(runs: Sequence[Run], choice: Case, found: Sequence[nn.Module], footprints: Footprints) -> None:
-    """Put swapping, then checkpointing on the blocks, for as long as the runs live."""
-    first = runs[0]
-    if choice.swapped:
-        Swap(found[len(found) - choice.swapped :], first.precision.device)
-        if isinstance(first.engine, Captured):  # which block is where is decided on the host, at each use
-            fused = first.engine.fused
-            for run in runs:
-                run.engine = fused
-    if choice.checkpointed:
-        checkpoint_blocks(footprints.chosen(choice.batch, choice.size, choice.checkpointed))
-
-
-def _costs(
-    runs: Sequence[Run],
-    in_step: Sequence[nn.Module],
-    found: Sequence[nn.Module],
-    footprints: Footprints,
-    start: Case,
-) -> Costs:
-    first = runs[0]
-    flat = _flat(first)
-    values = sum(p.numel() for run in runs for p in run.parameters) if flat is None else flat.values.numel()
-    held = 4 + ADAMW_BYTES
-    if flat is not None:  # gradients stay, and so does a working copy of another dtype, with its own
-        held += 4 + (0 if flat.work is flat.values else 2 * flat.work.element_size())
-    return costs_of(
-        in_step,
-        first.parts.denoiser,
-        found,
-        footprints,
-        values=values,
-        held=held,
-        rank=start.rank,
-        storage=start.storage,
-        others=_others(runs, start),
-    )
-
-
-def _others(runs: Sequence[Run], start: Case) -> dict[str, int]:
-    """Return what encoding and sampling take above what is held, in bytes."""
-    first, device = runs[0], runs[0].precision.device
-    family, parts = first.base.family, first.parts
-    vae = tensor_bytes(parts.vae.parameters(), None)
-    height, width = start.size
-    latent = (LATENT_CHANNELS, height // family.latent_multiple, width // family.latent_multiple)
-    meta = partial(torch.empty, device="meta")
-
-    def phase(work: Any, inputs: Tensors, module: nn.Module) -> int:
-        return measure(work, inputs, [module], device, backward=False).peak
-
-    def encode(tensors: Tensors) -> torch.Tensor:
-        return family.encode_images(parts, cast(torch.Tensor, tensors[0]))["mean"].sum()
-
-    def decode(tensors: Tensors) -> torch.Tensor:
-        return cast(torch.Tensor, cast(Any, parts.vae).decode(tensors[0], return_dict=False)[0]).sum()
-
-    found = {"encoding": vae + phase(encode, (meta(1, 3, height, width),), parts.vae)}
-    if any(run.config.preview_image or run.config.sample_prompts for run in runs):
-        found[SAMPLING] = vae + phase(decode, (meta(1, *latent),), parts.vae)
-    return found
-
-
-def _inputs(runs: Sequence[Run], batch: int, size: tuple[int, int]) -> Fed:
-    """Return what a micro-batch of all runs looks like, without data."""
-    first, meta = runs[0], partial(torch.empty, device="meta")
-    family, parts, inputs = first.base.family, first.parts, first.inputs
-    count, (height, width) = batch * len(runs), (x // family.latent_multiple for x in size)
-    chunks = int(first.config.max_token_length) // 75
-    text = (
-        meta(count, chunks * 75 + 2, cast(Any, parts.text_encoder).config.hidden_size)
-        if inputs.keeps_text
-        else meta(count, chunks, 77, dtype=torch.long)
-    )
-    return Fed(
-        meta(count, LATENT_CHANNELS, height, width),
-        meta(count, LATENT_CHANNELS, height, width),
-        meta(count, dtype=torch.long),
-        text,
-        meta(count) if inputs.is_weighted else None,
-        meta(count, 1, height, width) if inputs.is_masked else None,
-    )
-
-
-def _fused(run: Run) -> Fused | None:
-    engine = run.engine.fused if isinstance(run.engine, Captured) else run.engine
-    return engine if isinstance(engine, Fused) else None
-
-
-def _flat(run: Run) -> Any:
-    fused = _fused(run)
-    return None if fused is None else fused.flat
-
-
-def _losses_of(run: Run) -> Any:
-    fused = _fused(run)
-    return cast(Eager, run.engine).loss_of if fused is None else fused.loss_of
+def _is_shared(run: Run, of_denoiser: Sequence[nn.Module]) -> bool:
+    """Say whether blocks compute on weights that a host holds."""
+    if run.base.owned:
+        return False
+    hosts = run.base.state_dicts["denoiser"]
+    places = {t.untyped_storage().data_ptr() for t in (hosts[name] for name in hosts)}
+    return any(t.untyped_storage().data_ptr() in places for b in of_denoiser for t in frozen(b) if t.numel())

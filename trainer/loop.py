@@ -39,23 +39,38 @@ from .run import Job, Run, micro_losses, planned_lines, restore, training_state
 from .runlog import RunLog, write_settings
 
 
+class Answer(NamedTuple):
+    """What a micro-batch is answered with: its loss, on the device, and how long the pass took."""
+
+    loss: torch.Tensor
+    seconds: float
+
+
 class StepResult(NamedTuple):
-    """A step's mean loss and its gradient's norm before clipping."""
+    """A step's mean loss, its gradient's norm before clipping, and the time spent on it.
+
+    Passes that were shared count in full; what other runs did in between does not.
+    """
 
     loss: float
     grad_norm: float
+    seconds: float
 
 
-def train_step(run: Run) -> Generator[Micro, torch.Tensor, StepResult]:
+def train_step(run: Run) -> Generator[Micro, Answer, StepResult]:
     """Take one optimizer step: hand out micro-batches, be sent their losses, update, advance ``run.step``.
 
     Raises LG-RUN-004 if something is not finite.
     """
     config, step = run.config, run.step
     set_learning_rates(run.optimizer, lr_factor(config, step, run.plan.total_steps))
+    started, seconds = time.perf_counter(), 0.0
     batches, on_device = run.batches(step), []
     for fed in run.feed(step):
-        on_device.append((yield Micro(run.adapter.row, fed, len(batches), run.setting)))
+        seconds += time.perf_counter() - started
+        answer = yield Micro(run.adapter.row, fed, len(batches), run.setting)
+        started, seconds = time.perf_counter(), seconds + answer.seconds
+        on_device.append(answer.loss)
     run.is_settled = False
     norm = run.engine.update(run.adapter.row, config.max_grad_norm)
     run.draw_ahead(step + 1)
@@ -68,10 +83,11 @@ def train_step(run: Run) -> Generator[Micro, torch.Tensor, StepResult]:
     run.micro_losses += losses
     run.step += 1
     run.is_settled = True
-    return StepResult(math.fsum(losses) / len(losses), grad_norm)
+    seconds += time.perf_counter() - started
+    return StepResult(math.fsum(losses) / len(losses), grad_norm, seconds)
 
 
-Lane = Generator[Event | Micro, torch.Tensor | None, None]
+Lane = Generator[Event | Micro, Answer | None, None]
 
 
 @dataclass(frozen=True)
@@ -154,11 +170,10 @@ def _train(run: Run, resumed: Checkpoint | None, runs: int) -> Lane:
         guard = SpillGuard()
         try:
             while run.step < plan.total_steps:
-                started = time.perf_counter()
                 result = yield from train_step(run)
                 while run.engine.notes:
                     yield Note(run.engine.notes.pop(0))
-                event = _step_event(run, result, time.perf_counter() - started)
+                event = _step_event(run, result)
                 log.step(event)
                 yield event
                 if (spilled := _spill_note(guard, run, event)) is not None:
@@ -250,13 +265,22 @@ def describe(
     )
 
 
-def _step_event(run: Run, result: StepResult, seconds: float) -> Step:
+def _step_event(run: Run, result: StepResult) -> Step:
     factor = lr_factor(run.config, run.step - 1, run.plan.total_steps)
     groups = zip(run.group_parts, run.optimizer.param_groups, strict=True)
     rates = {part: group["base_lr"] * factor for part, group in groups}
     epoch = math.ceil(run.step / run.plan.steps_per_epoch)
     average = average_loss(run.micro_losses, run.plan)
-    return Step(run.step, run.plan.total_steps, epoch, result.loss, average, rates, result.grad_norm, seconds)
+    return Step(
+        run.step,
+        run.plan.total_steps,
+        epoch,
+        result.loss,
+        average,
+        rates,
+        result.grad_norm,
+        result.seconds,
+    )
 
 
 def _spill_note(guard: SpillGuard, run: Run, event: Step) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import gc
+import time
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 
 import torch
@@ -17,12 +19,12 @@ from .engine.steps import Engine, Key, Micro
 from .errors import LoraGraftError, one_line
 from .events import Event, Failed, Finished
 from .families.opening import Base
-from .fit import check, fit
-from .loop import Lane, Places, Product, lane
+from .fit import Fitted, check, fit
+from .loop import Answer, Lane, Places, Product, lane
 from .optim import depends_on_total
 from .paths import safe_name
 from .plan import plan_run, step_losses
-from .run import Job, open_runs, unfit
+from .run import Job, Run, open_runs, unfit
 
 
 def train(
@@ -80,28 +82,45 @@ def train_together(
             return
         numbers = list(starts)
         before = next((c.info() for c in starts.values() if c is not None), {})
-        runs = open_runs([opened[n] for n in numbers], places.cache, before)
-        fitted = fit(runs)
-        check(runs, fitted)
-        for run in runs:
-            run.how += fitted.lines
-        stack.callback(runs[0].engine.close)
+        fitted = Fitted()
         lanes: dict[int, Lane] = {}
-        for row, (number, run) in enumerate(zip(numbers, runs, strict=True)):
-            lanes[row] = lane(products[number], run, starts[number], len(runs))
-            stack.callback(lanes[row].close)
         try:
-            for row, event in _drive(lanes, runs[0].engine, several):
-                yield numbers[row], event
+            runs = open_runs([opened[n] for n in numbers], places.cache, before)
+            stack.callback(_let_go, runs, opened[0].precision.device)
+            stack.callback(fitted.close)
+            fit(runs, fitted)
+            _check(runs, fitted)
+            stack.callback(lanes.clear)
+            stack.callback(runs[0].engine.close)
+            for row, number in enumerate(numbers):
+                lanes[row] = lane(products[number], runs[row], starts[number], len(runs))
+                stack.callback(lanes[row].close)
+            with closing(_drive(lanes, runs[0].engine, several)) as events:
+                for row, event in events:
+                    yield numbers[row], event
         except (RuntimeError, MemoryError) as error:
-            if fitted.plan is not None and is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise advice(error, fitted.plan) from error
             raise
 
 
-def _drive(lanes: dict[int, Lane], engine: Engine, several: bool) -> Iterator[tuple[int, Event]]:
+def _check(runs: Sequence[Run], fitted: Fitted) -> None:
+    check(runs, fitted)
+    for run in runs:
+        run.how += fitted.lines
+
+
+def _let_go(runs: list[Run], device: torch.device) -> None:
+    """Empty the list that the engine's loss reads, and free what only that cycle held."""
+    runs.clear()
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _drive(lanes: dict[int, Lane], engine: Engine, several: bool) -> Generator[tuple[int, Event], None, None]:
     """Let every run go on to its next micro-batch, then take the largest group of one shape together."""
-    answers: dict[int, torch.Tensor | None] = dict.fromkeys(lanes)
+    answers: dict[int, Answer | None] = dict.fromkeys(lanes)
     waiting: dict[int, Micro] = {}
     try:
         while answers:
@@ -119,8 +138,10 @@ def _drive(lanes: dict[int, Lane], engine: Engine, several: bool) -> Iterator[tu
                         raise
                     yield row, Failed(error)
             group = _largest(waiting)
+            started = time.perf_counter()
             losses = engine.backward([waiting.pop(row) for row in group]) if group else []
-            answers = dict(zip(group, losses, strict=True))
+            seconds = time.perf_counter() - started
+            answers = {row: Answer(loss, seconds) for row, loss in zip(group, losses, strict=True)}
     except GeneratorExit:
         # Stopped between two runs' turns: those whose gradients are there take their step too, so that all
         # continue from one moment, in the same company as without a stop.

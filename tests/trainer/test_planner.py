@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from loragraft.trainer.engine import predictor
 from loragraft.trainer.engine.checkpointing import blocks
 from loragraft.trainer.engine.meter import Footprint, tensor_bytes, track
-from loragraft.trainer.engine.planner import Plan, advice, compare, is_out_of_memory, plan
+from loragraft.trainer.engine.planner import Plan, advice, beyond_room, compare, is_out_of_memory, plan
 from loragraft.trainer.engine.predictor import Case, Costs, Footprints, Prediction, costs_of
 from loragraft.trainer.errors import LoraGraftError
 from loragraft_tests.trainer import models
@@ -227,6 +227,41 @@ def test_a_dry_run_corrects_the_prediction() -> None:
     assert again.prediction.total >= made.prediction.weights + made.prediction.adapter + 6 * GIB
 
 
+def test_a_shortage_in_a_dry_run_makes_the_plan_not_fit() -> None:
+    made = planned(24)
+    again = plan(replace(made.costs, extra=beyond_room(made)), START, None)
+    assert again.prediction.total > 24 * GIB
+
+
+def test_graphs_keep_a_set_of_activations() -> None:
+    drawing = costs(others={"sampling": GIB, "encoding": GIB})
+    plain, captured = drawing.predict(START), drawing.predict(replace(START, captured=True))
+    more = {name: captured.phases[name] - size for name, size in plain.phases.items()}
+    kept = {"update": 4 * GIB, "saving": 4 * GIB, "sampling": 4 * GIB}
+    assert more == {"activations": 0, "encoding": 0, **kept}
+    several = replace(drawing, several=True).predict(replace(START, captured=True))
+    assert several.phases["activations"] == 8 * GIB and several.step == 4 * GIB
+    assert replace(drawing, several=True).predict(START).phases["activations"] == 4 * GIB
+    swapped = replace(START, checkpointed=BLOCKS, swapped=1)
+    assert drawing.predict(replace(swapped, captured=True)) == drawing.predict(swapped)  # these are fused
+
+
+def test_fused_steps_are_named_where_graphs_take_too_much() -> None:
+    captured = replace(START, captured=True)
+    made = plan(costs(several=True), captured, 24 * GIB)
+    assert compare(made, 4 * GIB)[0] == 0 and compare(made, 6 * GIB)[0] > 0  # a dry run is one step
+    assert advice(MemoryError(), made).fix.startswith("set engine fused (")
+    drawing = costs(others={"sampling": 2 * GIB})
+    with pytest.raises(LoraGraftError) as refused:
+        plan(drawing, captured, round(4.1 * GIB), num_swappable=0)
+    assert refused.value.fix.startswith("set one of: engine fused (")
+
+
+def test_a_shortage_without_a_plan_is_answered_too() -> None:
+    error = advice(MemoryError("full"), None)
+    assert error.code == "LG-MEM-002" and "full" in error.why and "train_batch_size" in error.fix
+
+
 # ---- with the real meter on the tiny model ----
 
 
@@ -338,3 +373,13 @@ def test_a_prediction_adds_up() -> None:
     made = Prediction(weights=10, adapter=5, phases={"activations": 100, "saving": 40})
     assert made.phase == "activations"
     assert made.total == 10 + 5 + 100 + predictor.WORKSPACE_BYTES + 5
+
+
+def test_packed_weights_are_known() -> None:
+    from loragraft.trainer.engine.frozen import freeze
+
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 32)).requires_grad_(False)
+    assert predictor._packable(layer) == [(2048, 8192)]
+    freeze(layer, torch.float32, None, storage="nf4")
+    ((values, size),) = predictor._packable(layer)
+    assert (values, size) == (2048, 1024 + 128 + 64)  # codes, a scale for 64 values, the levels

@@ -268,3 +268,23 @@ def test_one_block_and_none() -> None:
         assert len(gradients(nn.Sequential(block))) == 2
         undo()
         swap.undo()
+
+
+def test_weights_may_stay_in_host_memory_or_go(stack: nn.Sequential) -> None:
+    plain = gradients(stack)
+    swap = Swap(list(stack), models.CPU)
+    swap.undo(models.CPU)
+    assert models.equal(gradients(stack), plain)
+    assert swap.host_bytes == swap.device_bytes == 0
+    swap = Swap(list(stack), models.CPU)
+    swap.undo(let_go=True)
+    assert all(t.numel() == 0 for block in stack for t in frozen(block))
+    assert not any("forward" in vars(block) for block in stack)
+
+
+def test_tensors_without_data_are_left_alone() -> None:
+    layer = nn.Linear(4, 4).requires_grad_(False)
+    layer.register_parameter("shape", nn.Parameter(torch.empty(9, 9, device="meta"), requires_grad=False))
+    assert frozen_bytes(layer) == 2 * 256
+    Swap([layer], models.CPU).undo()
+    assert isinstance(layer.shape, nn.Parameter) and layer.shape.is_meta

@@ -80,8 +80,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return said or isinstance(error, MemoryError)
 
 
-def advice(error: BaseException, made: Plan) -> LoraGraftError:
-    """Return the refusal LG-MEM-002 for a real shortage, with the single change that makes the run fit."""
+def advice(error: BaseException, made: Plan | None) -> LoraGraftError:
+    """Return the refusal LG-MEM-002 for a real shortage, with the single change that makes the run fit.
+
+    Without a plan (too early, or nothing could be predicted) it names what can be tried.
+    """
+    why = f"{one_line(str(error), 300)} Other programs may hold memory that was free before."
+    if made is None:
+        return LoraGraftError(
+            "LG-MEM-002",
+            "The memory ran out.",
+            where="no prediction was made",
+            why=why,
+            fix="close other programs, or lower train_batch_size, resolution or network_dim, or set "
+            "base_storage fp8",
+        )
     limit = made.prediction.total
     if made.room_bytes is not None:
         limit = min(limit, made.room_bytes)
@@ -97,7 +110,7 @@ def advice(error: BaseException, made: Plan) -> LoraGraftError:
         "LG-MEM-002",
         "The memory ran out.",
         where=f"{_gib(made.prediction.total)}{room} GiB were predicted ({_parts(made.prediction)})",
-        why=f"{one_line(str(error), 300)} Other programs may hold memory that was free before.",
+        why=why,
         fix=fix,
     )
 
@@ -107,9 +120,19 @@ def compare(made: Plan, needed_bytes: int) -> tuple[int, str]:
 
     Given to `Costs` as ``extra``, they make another plan right.
     """
-    predicted = made.prediction.phases["activations"]
+    predicted = made.prediction.step
     line = f"memory: a dry run took {_gib(needed_bytes)} GiB, {_gib(predicted)} predicted"
     return max(0, needed_bytes - predicted - made.prediction.other), line
+
+
+def beyond_room(made: Plan) -> int:
+    """Return the least bytes beyond the prediction with which the plan no longer fits the known room.
+
+    For a dry run that ended in a shortage: by how much it fell short, nobody knows.
+    """
+    assert made.room_bytes is not None
+    held = made.prediction.weights + made.prediction.adapter
+    return max(0, made.room_bytes - held - made.prediction.step) + 1
 
 
 def _measures(start: Case, num_blocks: int, num_swappable: int) -> Iterator[Case]:
@@ -144,13 +167,15 @@ def _smallest(low: int, high: int, fits: Callable[[int], bool]) -> int:
 def _changes(costs: Costs, case: Case, limit: int, num_blocks: int, num_swappable: int) -> Iterator[Change]:
     """Yield every single change with which the run fits ``limit``, best first.
 
-    The first three leave the LoRA the same, a smaller batch does with gradient accumulation; then what it
+    The first four leave the LoRA the same, a smaller batch does with gradient accumulation; then what it
     is trained on becomes coarser, and last what it learns becomes less.
     """
 
     def fits(other: Case) -> bool:
         return costs.predict(other).total <= limit
 
+    if case.captured and not case.swapped and fits(fused := replace(case, captured=False)):
+        yield Change("engine fused", fused)
     if case.checkpointed < num_blocks and fits(full := replace(case, checkpointed=num_blocks)):
         yield Change("gradient_checkpointing true", full)
     if case.swapped < num_swappable:

@@ -16,6 +16,8 @@ from torch import nn
 
 from .checkpointing import checkpoint_blocks
 from .meter import GRADIENTS, Footprint, Loss, Tensors, gradients_aside, measure, tensor_bytes
+from .packed_conv import PackedConv2d
+from .storage import Packed
 from .swap import frozen, frozen_bytes
 
 # cuBLAS's and cuDNN's workspaces, and kernels, which load when they are first used. The context itself is
@@ -26,6 +28,7 @@ BYTES_PER_VALUE = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5625}  # of base_storage, w
 UNPACKED_BYTES = 8  # a value of a packed weight that is being brought into the arithmetic's dtype, at most
 UPDATE_BYTES = 8  # what an update over all tensors at once holds of each value, float32
 SAMPLING = "sampling"  # the phase that a run can do without
+ENCODING = "encoding"  # the phase before the first step, when no graph holds memory yet
 Size = tuple[int, int]  # (height, width) in pixels
 
 
@@ -34,7 +37,7 @@ class Case:
     """What memory depends on; ``size`` is the largest bucket's (height, width) in pixels.
 
     ``checkpointed`` and ``swapped`` count blocks; swapped ones are checkpointed too. Without ``draws`` no
-    samples are drawn.
+    samples are drawn. ``captured`` says that steps are CUDA graphs, which with swapped blocks they are not.
     """
 
     batch: int
@@ -44,6 +47,7 @@ class Case:
     checkpointed: int = 0
     swapped: int = 0
     draws: bool = True
+    captured: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Prediction:
     weights: int
     adapter: int  # LoRA, gradients that stay, optimizer state
     phases: Mapping[str, int]
+    step: int = 0  # the most of one micro-batch alone, which is what a dry run shows
 
     @property
     def phase(self) -> str:
@@ -119,6 +124,7 @@ class Costs:
     (values, bytes) of each. ``values``: how many are trained; ``held``: the bytes that stay for each of
     them, with its gradient if that stays, and its optimizer state. ``blocks``: the frozen bytes of each
     block in forward order. ``others``: what further phases need above what is held, e.g. SAMPLING.
+    ``several`` says that micro-batches come in more than one set of shapes.
     """
 
     weights: int
@@ -130,6 +136,7 @@ class Costs:
     blocks: Sequence[int]
     footprint: Callable[[int, Size, int], Footprint]
     others: Mapping[str, int] = field(default_factory=dict)
+    several: bool = False
     extra: int = 0  # what a dry run needed beyond the prediction
 
     def predict(self, case: Case) -> Prediction:
@@ -150,13 +157,18 @@ class Costs:
         if moved:
             packed = weights / max(1, self.weights)  # a block shrinks as all do
             weights += round(packed * (2 * max(moved) - sum(moved)))
+        micro = step.peak - saved_rank + unpacked + self.extra
+        # Graphs keep one full set of activations in their pool. A second set of shapes is warmed up outside.
+        pool = micro if case.captured and not case.swapped else 0
         phases = {
-            "activations": step.peak - saved_rank + unpacked + self.extra,
-            "update": round(step.gradients * share) + values * UPDATE_BYTES,
-            "saving": values * 4,
-            **{name: size for name, size in self.others.items() if case.draws or name != SAMPLING},
+            "activations": micro + (pool if self.several else 0),
+            "update": round(step.gradients * share) + values * UPDATE_BYTES + pool,
+            "saving": values * 4 + pool,
         }
-        return Prediction(weights, values * self.held, phases)
+        for name, size in self.others.items():
+            if case.draws or name != SAMPLING:
+                phases[name] = size + (pool if name != ENCODING else 0)
+        return Prediction(weights, values * self.held, phases, micro)
 
 
 def costs_of(
@@ -170,12 +182,17 @@ def costs_of(
     rank: int,
     storage: str,
     others: Mapping[str, int],
+    several: bool = False,
+    more: int = 0,
 ) -> Costs:
-    """Return a run's costs; ``modules`` are all that stay on the device, the others as in `Costs`."""
-    packable = [p for p in denoiser.parameters() if not p.requires_grad and p.ndim > 1]
+    """Return a run's costs; the others as in `Costs`.
+
+    ``modules`` are all that stay on the device, ``more`` is what they or others hold there beside their
+    tensors, in bytes.
+    """
     return Costs(
-        weights=tensor_bytes(t for module in modules for t in frozen(module)),
-        packable=[(p.numel(), p.numel() * p.element_size()) for p in packable],
+        weights=more + tensor_bytes(t for module in modules for t in frozen(module)),
+        packable=_packable(denoiser),
         values=values,
         held=held,
         rank=rank,
@@ -183,7 +200,20 @@ def costs_of(
         blocks=[frozen_bytes(block) for block in blocks],
         footprint=footprint,
         others=others,
+        several=several,
     )
+
+
+def _packable(denoiser: nn.Module) -> list[tuple[int, int]]:
+    """Return (values, bytes) of each weight that base_storage can change, also of those that it has."""
+    plain = [p for p in denoiser.parameters() if not p.requires_grad and p.ndim > 1 and not p.is_meta]
+    found = [(p.numel(), p.nbytes) for p in plain]
+    for module in denoiser.modules():
+        if isinstance(module, Packed):
+            found.append((module.shape.numel(), module.num_bytes))
+        elif isinstance(module, PackedConv2d):
+            found.append((module.weight.numel(), module.num_bytes))
+    return found
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -202,17 +232,20 @@ def free_bytes(device: torch.device) -> int | None:
 def dry_run(
     loss_of: Loss, inputs: Tensors, parameters: Iterable[nn.Parameter], device: torch.device
 ) -> int | None:
-    """Run a micro-batch forward and backward once, drop its gradients; return the bytes that it needed.
+    """Run a micro-batch of zeros once, drop its gradients; return the bytes that it needed.
 
-    These are the most allocated at once above what was allocated before. None where the device does not
-    tell: there nothing is run.
+    inputs: only shapes and dtypes count, so they may be meta tensors. The bytes are the most allocated at
+    once above what was allocated before. None where the device does not tell: there nothing is run.
     """
     if device.type != "cuda":
         return None
-    with gradients_aside(list(parameters)), _peak(device) as peak:
-        loss_of(inputs).backward()
-    torch.cuda.empty_cache()  # a graph's pool cannot take what the allocator keeps
-    return peak[0]
+    try:
+        fed = tuple(None if x is None else torch.zeros_like(x, device=device) for x in inputs)
+        with gradients_aside(list(parameters)), _peak(device) as peak:
+            loss_of(fed).backward()
+        return peak[0]
+    finally:
+        torch.cuda.empty_cache()  # a graph's pool cannot take what the allocator keeps
 
 
 @contextlib.contextmanager

@@ -114,13 +114,20 @@ class Swap:
         """What the buffers take on the device."""
         return sum(b.numel() for b in self._buffers)
 
-    def undo(self) -> None:
-        """Bring all weights back to the device for good."""
+    def undo(self, to: torch.device | None = None, *, let_go: bool = False) -> None:
+        """Give the weights memory of their own on ``to``, their device if None, or ``let_go`` of them.
+
+        The pinned memory goes back to the system.
+        """
         self._undo()
         self.copier.close()
-        for block in self._blocks:
-            block.leave(self.device)
-        self._blocks, self._buffers, self._views, self._held = [], [], [], [None, None]
+        while self._blocks:
+            block = self._blocks.pop()
+            block.be(block.nothing() if let_go else block.own(to or self.device))
+            del block
+        self._buffers, self._views, self._held = [], [], [None, None]
+        if self.device.type == "cuda" and hasattr(torch._C, "_host_emptyCache"):
+            torch._C._host_emptyCache()
 
     def _visiting(self, i: int) -> Any:
         def around(forward: Forward) -> Forward:
@@ -192,9 +199,13 @@ class _Parked:
         for tensor, view in zip(self._tensors, views, strict=True):
             tensor.data = view
 
-    def leave(self, device: torch.device) -> None:
-        """Give the tensors memory of their own on ``device``."""
-        self.be([view.to(device, copy=True) for view in self._at_rest])
+    def own(self, device: torch.device) -> list[torch.Tensor]:
+        """Return copies of the tensors on ``device``, each in memory of its own."""
+        return [view.to(device, copy=True) for view in self._at_rest]
+
+    def nothing(self) -> list[torch.Tensor]:
+        """Return empty tensors."""
+        return [torch.empty(0, dtype=t.dtype) for t in self._tensors]
 
 
 def frozen_bytes(block: nn.Module) -> int:
@@ -203,8 +214,8 @@ def frozen_bytes(block: nn.Module) -> int:
 
 
 def frozen(module: nn.Module) -> list[torch.Tensor]:
-    """Return a module's tensors that are not trained, each once."""
-    return [t for t in (*module.parameters(), *module.buffers()) if not t.requires_grad]
+    """Return a module's tensors that are not trained, each once; those without data are left out."""
+    return [t for t in (*module.parameters(), *module.buffers()) if not (t.requires_grad or t.is_meta)]
 
 
 def _aligned(tensor: torch.Tensor) -> int:
