@@ -301,6 +301,7 @@ def measured(model: models.Model) -> tuple[Footprints, Callable[..., Costs]]:
     return footprints, build
 
 
+@pytest.mark.slow
 def test_the_plan_for_a_real_model_is_true(model: models.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     from loragraft.trainer.engine.checkpointing import checkpoint_blocks
 

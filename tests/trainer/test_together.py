@@ -214,7 +214,9 @@ def test_a_run_continues_on_another_engine(training: runs.Training, first: str, 
     [
         {},
         {"conv_dim": 3, "conv_alpha": 1.0},
-        {"network_train_unet_only": True, "gradient_accumulation_steps": 2},
+        pytest.param(
+            {"network_train_unet_only": True, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow
+        ),
         {"clip_skip": 2, "optimizer_args": ("weight_decay=0.1",)},
     ],
     ids=["text encoder and U-Net", "convolutions", "U-Net, accumulated", "clip skip"],
