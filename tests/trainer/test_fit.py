@@ -24,6 +24,8 @@ from loragraft.trainer.run import Run
 from loragraft_tests.trainer import runs
 from loragraft_tests.trainer.data_folders import Refusal
 
+pytestmark = pytest.mark.slow  # each opens and measures runs: two minutes in all
+
 CPU = torch.device("cpu")
 UNET_BLOCKS, TEXT_BLOCKS = 18, 2
 
@@ -115,7 +117,6 @@ def test_what_fits_is_left_as_set_after_as_few_measurements_as_can_be(
     assert sorted(calls) == ["costs", "costs", "predictor"]  # encoding, sampling, one micro-batch
 
 
-@pytest.mark.slow
 def test_some_blocks_are_checkpointed_and_no_bit_changes(
     training: runs.Training, room: Any, seen: Any
 ) -> None:
@@ -150,7 +151,6 @@ def test_blocks_are_swapped_and_no_bit_changes(
     assert last.lora_file.read_bytes() == plain.lora_file.read_bytes()
 
 
-@pytest.mark.slow
 def test_what_cannot_fit_is_refused(training: runs.Training, room: Any) -> None:
     room(lambda made: made.prediction.weights // 2)
     with Refusal("LG-MEM-001", "batch 3"):
@@ -195,7 +195,6 @@ def dry(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return answers
 
 
-@pytest.mark.slow
 def test_what_a_dry_run_shows_is_done(training: runs.Training, room: Any, seen: Any, dry: Any) -> None:
     room(lambda made: total(made) + 2**16)
 
@@ -215,7 +214,6 @@ def test_what_a_dry_run_shows_is_done(training: runs.Training, room: Any, seen: 
     assert dry == []
 
 
-@pytest.mark.slow
 def test_a_new_plan_moves_what_was_swapped_before(
     training: runs.Training, room: Any, seen: Any, dry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,7 +234,6 @@ def test_a_new_plan_moves_what_was_swapped_before(
     assert last.lora_file.read_bytes() == plain.lora_file.read_bytes()
 
 
-@pytest.mark.slow
 def test_a_shortage_in_the_dry_run_leads_to_a_new_plan(
     training: runs.Training, room: Any, seen: Any, dry: Any
 ) -> None:
@@ -252,7 +249,6 @@ def test_a_shortage_in_the_dry_run_leads_to_a_new_plan(
 
 
 @pytest.mark.parametrize("memory", ["off", "auto"])
-@pytest.mark.slow
 def test_a_shortage_that_no_plan_helps_is_refused(
     training: runs.Training, dry: Any, seen: Any, memory: str
 ) -> None:
@@ -372,7 +368,6 @@ def test_flat_buffers_are_placed_already(opened: Any) -> None:
     assert fit.placed_bytes(largest, CPU) - before == flat.grads.nbytes
 
 
-@pytest.mark.slow
 def test_a_pass_is_as_large_as_the_worst_of_all_runs(opened: Any) -> None:
     jobs = [
         {"network_train_unet_only": True, "network_dim": 8},
@@ -441,7 +436,6 @@ def test_captured_steps_and_swapped_blocks_are_refused_together(opened: Any) -> 
         fit.fit([run], fit.Fitted())
 
 
-@pytest.mark.slow
 def test_the_pool_of_graphs_is_counted(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (run,) = opened({"engine": "fused"})
     plain, captured = fit.Fitted(), fit.Fitted()

@@ -48,7 +48,7 @@ def weights(file: Path) -> torch.Tensor:
     return torch.cat([tensors[k].float().flatten() for k in sorted(tensors) if not k.endswith("alpha")])
 
 
-@pytest.mark.parametrize("engine", ["fused", "eager"])
+@pytest.mark.parametrize("engine", ["fused", pytest.param("eager", marks=pytest.mark.slow)])
 def test_each_run_learns_what_it_learns_alone(training: runs.Training, engine: str) -> None:
     common = {"max_train_steps": 8, "engine": engine, "save_precision": "fp32"}
     many, single = finished(together(training, VARIED, **common)), alone(training, VARIED, **common)
@@ -213,7 +213,7 @@ def test_a_run_continues_on_another_engine(training: runs.Training, first: str, 
     "settings",
     [
         {},
-        {"conv_dim": 3, "conv_alpha": 1.0},
+        pytest.param({"conv_dim": 3, "conv_alpha": 1.0}, marks=pytest.mark.slow),
         pytest.param(
             {"network_train_unet_only": True, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow
         ),
