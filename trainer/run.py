@@ -147,24 +147,7 @@ def open_runs(jobs: Sequence[Job], cache: Path, before: Mapping[str, Any]) -> li
     _check_shared(jobs)
     base, precision, config = jobs[0].base, jobs[0].precision, jobs[0].config
     settings = [_lora_settings(job.config) for job in jobs]
-    encoded_once = all(
-        keeps_text(data, own.text_encoder)
-        for job, own in zip(jobs, settings, strict=True)
-        for data in (job.train_set, job.train_set.validation)
-        if data is not None
-    )
-    parts = base.load()
-    lines = place(
-        parts,
-        precision,
-        owned=base.owned,
-        storage=config.base_storage,
-        text_at_every_step=not encoded_once,
-    )
-    if precision.device.type == "cpu" and precision.name != "fp16":
-        if precision.name == "bf16":
-            pack_convolutions(parts.denoiser)
-        use_matrix_products(parts.denoiser)  # what is left
+    parts, lines = _load(jobs, settings)
     rates = [{"text_encoder": encoder_lr(j.config), "denoiser": denoiser_lr(j.config)} for j in jobs]
     attention, said = _attention(parts, jobs, before)
     targets = [base.family.targets(parts, convolutions=job.config.conv_dim is not None) for job in jobs]
@@ -209,6 +192,30 @@ def open_runs(jobs: Sequence[Job], cache: Path, before: Mapping[str, Any]) -> li
             )
         )
     return runs
+
+
+def _load(jobs: Sequence[Job], settings: Sequence[lora.Settings]) -> tuple[Parts, list[str]]:
+    """Load the base and bring it to the device in the run's storage; return it and lines for the log."""
+    base, precision, config = jobs[0].base, jobs[0].precision, jobs[0].config
+    encoded_once = all(
+        keeps_text(data, own.text_encoder)
+        for job, own in zip(jobs, settings, strict=True)
+        for data in (job.train_set, job.train_set.validation)
+        if data is not None
+    )
+    parts = base.load()
+    lines = place(
+        parts,
+        precision,
+        owned=base.owned,
+        storage=config.base_storage,
+        text_at_every_step=not encoded_once,
+    )
+    if precision.device.type == "cpu" and precision.name != "fp16":
+        if precision.name == "bf16":
+            pack_convolutions(parts.denoiser)
+        use_matrix_products(parts.denoiser)  # what is left
+    return parts, lines
 
 
 def _check_shared(jobs: Sequence[Job]) -> None:

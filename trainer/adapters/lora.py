@@ -6,8 +6,9 @@ are, whoever owns them. The adapter's tensors are float32 whatever the base's st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import cast
 
@@ -54,6 +55,9 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(fan_out, rank, *(1 for _ in kernel), device=device))
 
 
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, weight) -> x W
+
+
 class _Layer(nn.Module):
     """What both kinds of layer share: the frozen one, an adapter for each run or None, and who takes part."""
 
@@ -78,24 +82,22 @@ class _Layer(nn.Module):
         """The frozen bias."""
         return cast("torch.Tensor | None", self.base.bias)
 
-    def _plain(self, x: torch.Tensor) -> torch.Tensor:
-        """Return base(x) with each slice's own update added to it."""
+    def _plain(self, x: torch.Tensor, down: Product, up: Product) -> torch.Tensor:
+        """Return base(x) with each slice's own update up(down(x)) added to it."""
         out: torch.Tensor = self.base(x)
         x, active = x.to(out.dtype), self.rows.active
+
+        def added(out: torch.Tensor, x: torch.Tensor, row: int) -> torch.Tensor:
+            adapter = self.lows[row]
+            if adapter is None:
+                return out
+            hidden = down(x, adapter.down.to(out.dtype))
+            return out + up(hidden * adapter.scale, adapter.up.to(out.dtype))
+
         if len(active) == 1:
-            return self._add(out, x, active[0])
+            return added(out, x, active[0])
         pieces = zip(out.chunk(len(active)), x.chunk(len(active)), active, strict=True)
-        return torch.cat([self._add(*piece) for piece in pieces])
-
-    def _add(self, out: torch.Tensor, x: torch.Tensor, row: int) -> torch.Tensor:
-        adapter = self.lows[row]
-        if adapter is None:
-            return out
-        hidden = self._product(x, adapter.down.to(out.dtype), first=True)
-        return out + self._product(hidden * adapter.scale, adapter.up.to(out.dtype), first=False)
-
-    def _product(self, x: torch.Tensor, weight: torch.Tensor, *, first: bool) -> torch.Tensor:
-        raise NotImplementedError
+        return torch.cat([added(*piece) for piece in pieces])
 
 
 class LoRALinear(_Layer):
@@ -104,11 +106,8 @@ class LoRALinear(_Layer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out); the scale is applied at rank r, where it is cheapest."""
         if self.bank is None:
-            return self._plain(x)
+            return self._plain(x, F.linear, F.linear)
         return lowrank.linear(x, self.base, self.bank, self.rows.active)
-
-    def _product(self, x: torch.Tensor, weight: torch.Tensor, *, first: bool) -> torch.Tensor:
-        return F.linear(x, weight)
 
 
 class LoRAConv(_Layer):
@@ -116,15 +115,11 @@ class LoRAConv(_Layer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, in, H, W) -> (B, out, H', W')."""
-        if self.bank is None:
-            return self._plain(x)
-        return lowrank.convolution(x, cast(nn.Conv2d, self.base), self.bank, self.rows.active)
-
-    def _product(self, x: torch.Tensor, weight: torch.Tensor, *, first: bool) -> torch.Tensor:
         base = cast(nn.Conv2d, self.base)
-        if first:
-            return F.conv2d(x, weight, None, base.stride, base.padding, base.dilation)
-        return F.conv2d(x, weight)
+        if self.bank is not None:
+            return lowrank.convolution(x, base, self.bank, self.rows.active)
+        how = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
+        return self._plain(x, partial(F.conv2d, **how), F.conv2d)
 
 
 LoRAModule = LoRALinear | LoRAConv
