@@ -24,6 +24,9 @@ export COMFYUI_PATH COMFYUI_PYTHON
 PY = "$(VENV)/bin/python"
 PIP = $(PY) -m pip --disable-pip-version-check
 PYTEST = $(PY) -m pytest
+# Quick tests share the cores, one process each: threads of several processes would wait for each other.
+PARALLEL = OMP_NUM_THREADS=1 $(PYTEST) -n auto
+IN_HOST = comfy or browser
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-comfy test-full test-gpu test-fuzz check check-deps bench bench-check bench-dataset bench-gpu bench-profile bench-together fmt screenshots package
@@ -60,10 +63,11 @@ demo: $(VENV)/.ready  ## train a LoRA on the embedded base, draw a grid, into ou
 	$(PY) -m loragraft.trainer.demo.run --out output/demo
 
 test: $(VENV)/.ready $(HOST)  ## all quick tests; with a ComfyUI (COMFYUI_PATH) also those in it
-	$(PYTEST)
+	$(PARALLEL) -m "not (slow or full or network or $(IN_HOST))"
+	$(if $(COMFYUI_PATH),$(PYTEST) -m "($(IN_HOST)) and not (slow or full)",@echo "Skipped: the tests in ComfyUI and in a browser. COMFYUI_PATH names no ComfyUI, and none lies two folders up.")
 
 test-comfy: $(VENV)/.ready $(HOST)  ## only the tests in a real ComfyUI and browser; fails without one
-	$(PYTEST) --require-comfyui -m "(comfy or browser) and not full and not slow"
+	$(PYTEST) --require-comfyui -m "($(IN_HOST)) and not (slow or full)"
 
 test-full: $(VENV)/.ready $(HOST)  ## only the slow tests: full-size models, more characters
 	$(PYTEST) -m "(slow or full) and not network"
@@ -72,7 +76,7 @@ test-gpu: $(VENV)/.ready $(HOST)  ## on a machine with a GPU: the GPU tests, and
 	LORAGRAFT_HOST_DEVICE=gpu $(PYTEST) tests/gpu $(if $(COMFYUI_PATH),tests/comfyui)
 
 test-fuzz: $(VENV)/.ready  ## ten times as many cases in the property and fuzz tests
-	LORAGRAFT_FUZZ=1 $(PYTEST) tests/trainer tests/nodes
+	LORAGRAFT_FUZZ=1 $(PARALLEL) tests/trainer tests/nodes
 
 check: $(VENV)/.ready  ## ruff, mypy, floors, what ships
 	$(PY) -m ruff check .

@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer.fit", "trainer.loop"),
     ("trainer.costs",),
     ("trainer.run", "trainer.publish"),
+    ("trainer.losses",),
     (
         "trainer.demo",
         "trainer.draw",
@@ -54,11 +55,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("trainer.engine",),
     ("trainer.checks",),
+    ("trainer.contradictions",),
+    ("trainer.config",),
     (
         "trainer.objective",
         "trainer.parts",
         "trainer.paths",
-        "trainer.config",
+        "trainer.settings",
         "trainer.events",
         "trainer.safefile",
         "trainer.literals",

@@ -10,19 +10,13 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from .config import (
-    DatasetConfig,
-    TrainConfig,
-    denoiser_lr,
-    encoder_lr,
-    info_of,
-    optimizer_kwargs,
-    resolution_wh,
-)
-from .errors import LoraGraftError, listed, nearest, one_line
+from .config import DatasetConfig, TrainConfig, info_of
+from .contradictions import dataset, learning, loss, network, running, saving, text
+from .contradictions.refusals import bad_value
+from .errors import LoraGraftError, listed, nearest
 
 # kohya's spelling of a value -> ours; written down here so that no other code guesses.
 VALUE_ALIASES: dict[tuple[str, Any], Any] = {
@@ -34,6 +28,12 @@ VALUE_ALIASES: dict[tuple[str, Any], Any] = {
 }
 
 Config = TypeVar("Config", DatasetConfig, TrainConfig)
+
+# What no single setting's table entry can say: one check a group of settings.
+CHECKS: Mapping[type, tuple[Callable[[Any, str], None], ...]] = {
+    DatasetConfig: (dataset.check,),
+    TrainConfig: (network.check, learning.check, loss.check, text.check, running.check, saving.check),
+}
 
 
 def make(cls: type[Config], values: Mapping[str, Any], *, where: str = "settings") -> Config:
@@ -58,7 +58,8 @@ def make(cls: type[Config], values: Mapping[str, Any], *, where: str = "settings
         )
     clean = {key: _checked(cls, key, hints[key], value, where) for key, value in values.items()}
     config = cls(**clean)
-    _cross_checks(config, where)
+    for check in CHECKS[cls]:
+        check(config, where)
     return config
 
 
@@ -89,20 +90,20 @@ def _checked(cls: type, name: str, hint: Any, value: Any, where: str) -> Any:
     coerced = _coerce(value, allowed)
     if coerced is _WRONG:
         expected = " or ".join(_type_name(t) for t in allowed)
-        raise _bad(name, value, expected, where)
+        raise bad_value(name, value, expected, where)
     if info.choices and str(coerced) not in info.choices:
         guess = nearest(str(coerced), info.choices)
-        raise _bad(name, value, f"one of {', '.join(info.choices)}", where, guess[0] if guess else None)
+        raise bad_value(name, value, f"one of {', '.join(info.choices)}", where, guess[0] if guess else None)
     for item in coerced if isinstance(coerced, tuple) else (coerced,):
         if isinstance(item, str) and not _is_writable(item):
-            raise _bad(name, value, "text that a UTF-8 file can hold", where)
+            raise bad_value(name, value, "text that a UTF-8 file can hold", where)
         if isinstance(item, float) and not math.isfinite(item):
-            raise _bad(name, value, "a finite number", where)
+            raise bad_value(name, value, "a finite number", where)
         if isinstance(item, (int, float)) and not isinstance(item, bool):
             low = -math.inf if info.minimum is None else info.minimum
             high = math.inf if info.maximum is None else info.maximum
             if not low <= item <= high:
-                raise _bad(name, value, f"{low:g} to {high:g}", where)
+                raise bad_value(name, value, f"{low:g} to {high:g}", where)
     return coerced
 
 
@@ -150,96 +151,3 @@ def _hashable(value: Any) -> bool:
 def _is_writable(text: str) -> bool:
     """Say whether the text is whole: half of a surrogate pair, from broken JSON, fits into no file."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-def _bad(name: str, value: Any, expected: str, where: str, guess: str | None = None) -> LoraGraftError:
-    return LoraGraftError(
-        "LG-CFG-003",
-        f"Setting '{name}' cannot be {one_line(repr(value), 60)}.",
-        where=f"{where}: {name}",
-        why=f"expected {expected}.",
-        fix=f"did you mean '{guess}'?" if guess else f"set {name} to {expected}",
-    )
-
-
-def _cross_checks(config: DatasetConfig | TrainConfig, where: str) -> None:
-    if isinstance(config, DatasetConfig):
-        _check_resolution(config, where)
-        _check_dataset(config, where)
-        return
-    if config.network_train_unet_only and config.text_encoder_lr:
-        raise LoraGraftError(
-            "LG-CFG-004",
-            "network_train_unet_only is on, but text_encoder_lr is given.",
-            where=where,
-            why="the text encoder would not be trained at that rate.",
-            fix="clear text_encoder_lr, or switch network_train_unet_only off",
-        )
-    if config.conv_alpha is not None and config.conv_dim is None:
-        raise LoraGraftError(
-            "LG-CFG-004",
-            "conv_alpha is given, but conv_dim is not.",
-            where=where,
-            why="without conv_dim no convolution is trained and conv_alpha has no effect.",
-            fix="set conv_dim (usually a half to a quarter of network_dim), or clear conv_alpha",
-        )
-    if denoiser_lr(config) == 0 and encoder_lr(config) == 0:
-        raise LoraGraftError(
-            "LG-CFG-004",
-            "Every learning rate is 0.",
-            where=where,
-            why="nothing would be trained.",
-            fix="give learning_rate, unet_lr or text_encoder_lr a value above 0",
-        )
-    if config.lr_scheduler == "constant" and config.lr_warmup_steps:
-        raise LoraGraftError(
-            "LG-CFG-004",
-            "lr_scheduler is 'constant', but lr_warmup_steps is given.",
-            where=where,
-            why="a constant schedule has no warm-up.",
-            fix="choose constant_with_warmup, or set lr_warmup_steps to 0",
-        )
-    optimizer_kwargs(config)
-
-
-def _check_dataset(config: DatasetConfig, where: str) -> None:
-    if config.num_bucket and (config.bucket_no_upscale or not config.enable_bucket):
-        other = "bucket_no_upscale" if config.bucket_no_upscale else "enable_bucket = false"
-        raise LoraGraftError(
-            "LG-CFG-004",
-            f"num_bucket is given together with {other}.",
-            where=where,
-            why="num_bucket makes buckets of one area from the images' aspect ratios.",
-            fix=f"set num_bucket to 0, or take {other} back",
-        )
-    if config.caption_template and not config.caption_template.strip():
-        raise _bad("caption_template", config.caption_template, "empty or text with {caption} in it", where)
-
-
-def _check_resolution(config: DatasetConfig, where: str) -> None:
-    width, height = resolution_wh(config)
-    step = config.bucket_reso_steps
-    if step % 8:
-        raise _bad("bucket_reso_steps", step, "a multiple of 8 (one latent pixel is 8 image pixels)", where)
-    for side in (width, height):
-        if side % step:
-            near = max(step, round(side / step) * step)
-            raise LoraGraftError(
-                "LG-CFG-005",
-                f"resolution {width}x{height} is not a multiple of {step}.",
-                where=f"{where}: resolution",
-                why=f"the base model works on whole blocks; bucket_reso_steps is {step}.",
-                fix=f"use {near} instead of {side}, or another bucket_reso_steps",
-            )
-    if (
-        config.enable_bucket
-        and not config.min_bucket_reso <= min(width, height) <= max(width, height) <= config.max_bucket_reso
-    ):
-        raise LoraGraftError(
-            "LG-CFG-006",
-            f"resolution {width}x{height} lies outside the bucket limits "
-            f"{config.min_bucket_reso} to {config.max_bucket_reso}.",
-            where=f"{where}: min_bucket_reso, max_bucket_reso",
-            why="no bucket of the wanted area could exist.",
-            fix=f"for instance {min(width, height) // 2} and {max(width, height) * 2}",
-        )

@@ -19,7 +19,8 @@ from .engine.predictor import ENCODING, SAMPLING, Case, Costs, Footprints, Size,
 from .engine.steps import Eager, Fused, Rows, Tensors
 from .engine.swap import frozen
 from .inputs import Fed
-from .run import Run, micro_losses
+from .losses import micro_losses
+from .run import Run
 
 ADAMW_BYTES = 8  # two moments of each trained number
 LATENT_CHANNELS = 4
@@ -77,7 +78,7 @@ class Largest:
         active, lead = [self.runs[row] for row in rows], self.runs[self.lead]
         lead.adapter.rows.active = rows
         with strict(lead.config.deterministic):
-            return micro_losses(active, lead.inputs, tensors).sum()
+            return micro_losses(lead.parts, lead.inputs, [run.config for run in active], tensors).sum()
 
 
 def case_of(runs: Sequence[Run], num_blocks: int, num_swappable: int) -> Case:

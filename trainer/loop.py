@@ -31,11 +31,12 @@ from .engine.steps import Micro
 from .errors import LoraGraftError, listed, one_line
 from .events import Event, Finished, Note, Planned, Sampled, Saved, Step, Validated
 from .families.opening import Base
+from .losses import micro_losses
 from .optim import lr_factor, optimizer_name, set_learning_rates
 from .plan import Plan, average_loss, step_losses
 from .progress import validation_line
 from .publish import publish, published_name
-from .run import Job, Run, micro_losses, planned_lines, restore, training_state
+from .run import Job, Run, planned_lines, restore, training_state
 from .runlog import RunLog, write_settings
 
 
@@ -214,7 +215,7 @@ def validate(run: Run) -> Iterator[Validated]:
     for batch in plan_epoch(run.validation.train_set, run.config.train_batch_size, run.config.seed, 0):
         fed = run.validation.draw(0, seen, batch)  # always those of step 0, so that values compare
         on_device = tuple(None if x is None else x.to(run.precision.device) for x in fed)
-        loss = micro_losses([run], run.validation, on_device)
+        loss = micro_losses(run.parts, run.validation, [run.config], on_device)
         total, seen = total + loss.item() * len(batch.indices), seen + len(batch.indices)
     yield Validated(run.step, total / seen, seen)
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,7 +31,7 @@ from .engine.steps import Eager, Engine, Fused, Key, Loss, Rows, Tensors, choose
 from .errors import LoraGraftError, listed, one_line
 from .families.opening import Base
 from .inputs import Fed, Inputs, keeps_text
-from .objective import diffusion_losses, min_snr_weight
+from .losses import micro_losses
 from .optim import build_optimizer
 from .parts import Parts
 from .plan import Plan
@@ -290,30 +290,7 @@ def _losses(runs: Sequence[Run], rows: Rows, tensors: Tensors) -> torch.Tensor:
     """Return the mean loss of each run's slice, (len(rows),); ``tensors`` are a `Fed`'s, joined."""
     active = [runs[row] for row in rows]
     active[0].adapter.rows.active = rows
-    return micro_losses(active, active[0].inputs, tensors)
-
-
-def micro_losses(runs: Sequence[Run], inputs: Inputs, tensors: Tensors) -> torch.Tensor:
-    """Return the loss of one micro-batch a run: noise, prediction, weight, mean."""
-    base, parts = runs[0].base, runs[0].parts
-    latents, noise, t, text, weight, mask = cast("Fed", tensors)
-    schedule = base.family.schedule
-    noisy = schedule.add_noise(latents, noise, t)
-    cond = inputs.embed(text)
-    pred = base.family.predict(parts, noisy, t, cond)
-    for_snr = _snr_weights(runs, schedule.snr(t))
-    if for_snr is not None:
-        weight = for_snr if weight is None else for_snr * weight
-    return diffusion_losses(pred, noise, weight, mask).view(len(runs), -1).mean(dim=1)
-
-
-def _snr_weights(runs: Sequence[Run], snr: torch.Tensor) -> torch.Tensor | None:
-    """Return min-SNR weights of the samples, where a run asks for them."""
-    gammas = [run.config.min_snr_gamma for run in runs]
-    if not any(gammas):
-        return None
-    pieces = zip(gammas, snr.chunk(len(runs)), strict=True)
-    return torch.cat([torch.ones_like(x) if g is None else min_snr_weight(x, g) for g, x in pieces])
+    return micro_losses(active[0].parts, active[0].inputs, [run.config for run in active], tensors)
 
 
 def training_state(run: Run) -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from loragraft.trainer.config import LR_SCHEDULERS
 from loragraft.trainer.optim import (
     build_optimizer,
     depends_on_total,
@@ -16,6 +15,7 @@ from loragraft.trainer.optim import (
     set_learning_rates,
     warmup_steps,
 )
+from loragraft.trainer.settings.learning import LR_SCHEDULERS
 from loragraft_tests.trainer import runs
 from loragraft_tests.trainer.data_folders import Refusal, golden
 

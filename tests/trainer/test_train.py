@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from loragraft.trainer import api, run
+from loragraft.trainer import api
+from loragraft.trainer import losses as losses_module
 from loragraft.trainer.inputs import Inputs
 from loragraft.trainer.objective import generator
 from loragraft_tests.trainer import runs, tiny
@@ -148,14 +149,14 @@ def test_average_loss_with_accumulation_counts_micro_batches(
     training: runs.Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     micro: list[float] = []
-    real = run.diffusion_losses
+    real = losses_module.diffusion_losses
 
     def recording(*args: Any) -> torch.Tensor:
         losses = real(*args)
         micro.append(losses.mean().item())
         return losses
 
-    monkeypatch.setattr(run, "diffusion_losses", recording)
+    monkeypatch.setattr(losses_module, "diffusion_losses", recording)
     events = training.events(max_train_steps=5, gradient_accumulation_steps=3)
     taken = 0
     for event, size in zip(runs.of(events, api.Step), (3, 1, 3, 1, 3), strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from loragraft.trainer import api, loop, run
+from loragraft.trainer import api, loop, losses
 from loragraft.trainer.data.batches import Batch
 from loragraft.trainer.data.cache import TensorCache
 from loragraft.trainer.data.train_set import build_train_set
@@ -54,13 +53,13 @@ def digest_of(file: Path) -> str:
 def record_losses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Keep the arguments of every loss that is computed."""
     seen: list[tuple[Any, ...]] = []
-    real = run.diffusion_losses
+    real = losses.diffusion_losses
 
     def recording(*args: Any) -> torch.Tensor:
         seen.append(args)
         return real(*args)
 
-    monkeypatch.setattr(run, "diffusion_losses", recording)
+    monkeypatch.setattr(losses, "diffusion_losses", recording)
     return seen
 
 
@@ -213,8 +212,7 @@ def test_the_validation_loss_is_that_of_its_images(training: runs.Training, tmp_
     assert split.validation is not None
     made = inputs(training.base, split.validation, tmp_path / "cache")
     fed = made.draw(0, 0, Batch(split.validation.buckets[0], (0, 1), (False, False), (1.0, 1.0)))
-    alone = [SimpleNamespace(base=training.base, parts=made.parts, config=runs.settings())]
-    expected = run.micro_losses(alone, made, fed)
+    expected = losses.micro_losses(made.parts, made, [runs.settings()], fed)
     order = made.draw(0, 0, Batch(split.validation.buckets[0], (1, 0), (False, False), (1.0, 1.0)))
-    other = run.micro_losses(alone, made, order)
+    other = losses.micro_losses(made.parts, made, [runs.settings()], order)
     assert event.loss in (pytest.approx(expected.item(), rel=1e-5), pytest.approx(other.item(), rel=1e-5))
