@@ -15,12 +15,12 @@ function add(parent, tag, attributes = {}, text = "") {
 
 /**
  * Make a chart that fills `host`. Colours come from the style sheet by class name.
- * draw({points: [{x, loss, smooth, lr}], saves: [x], last: x}) shows data; `onHover` gets a point or null.
+ * draw({points: [{x, loss, smooth, lr}], saves: [x], validations: [{x, loss}], best: x, last: x}) shows data; `onHover` gets a point or null.
  * With `many`, a list of such points, each run has a smoothed line of its own colour; `onHover` then gets {x}.
  */
 export function createChart(host, onHover = () => {}) {
   const svg = add(host, "svg", { class: "loragraft-chart", role: "img" });
-  let data = { points: [], many: [], saves: [], last: 1 };
+  let data = { points: [], many: [], saves: [], validations: [], last: 1 };
   let log = false;
   let hovered = null;
   let view = null;
@@ -34,7 +34,8 @@ export function createChart(host, onHover = () => {}) {
     const points = many.length ? many.flat().sort((a, b) => a.x - b.x) : thin(data.points);
     const hasRate = many.length === 0 && points.some((p) => p.lr > 0);
     const [left, right, top, bottom] = [38, hasRate ? width - 38 : width - 8, 8, height - 18];
-    const [low, high] = extent(points.map((p) => (many.length ? p.smooth : p.loss)), log);
+    const kept = many.length ? [] : data.validations;
+    const [low, high] = extent([...points, ...kept].map((p) => (many.length ? p.smooth : p.loss)), log);
     const first = points.length ? Math.min(points[0].x, data.last) : 0;
     const sx = scale(first, Math.max(data.last, first + 1), left, right);
     const sy = scale(low, high, bottom, top, log);
@@ -59,6 +60,10 @@ export function createChart(host, onHover = () => {}) {
     if (!many.length) {
       add(plot, "path", { class: "raw", d: path(points, "loss", sx, sy, log) });
       add(plot, "path", { class: "smooth", d: path(points, "smooth", sx, sy, log) });
+      add(plot, "path", { class: "validation", d: path(kept, "loss", sx, sy, log) });
+      for (const v of kept.filter((v) => !log || v.loss > 0)) {
+        add(plot, "circle", { class: v.x === data.best ? "validation best" : "validation", cx: sx(v.x), cy: sy(v.loss), r: v.x === data.best ? 4 : 2 });
+      }
     }
     view = { points, many: many.length > 0, sx, sy, left, right, top, bottom, cursor: add(svg, "g", { class: "cursor" }) };
     point(hovered);
@@ -87,7 +92,7 @@ export function createChart(host, onHover = () => {}) {
   observer.observe(host);
 
   return {
-    draw: (next) => ((data = { many: [], ...next }), render()),
+    draw: (next) => ((data = { many: [], validations: [], ...next }), render()),
     setLog: (on) => ((log = on), render()),
     dispose: () => observer.disconnect(),
   };

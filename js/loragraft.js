@@ -4,7 +4,9 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { DRAWN, addAhead } from "./ahead.js";
 import { PANEL_HEIGHT, createPanel } from "./panel.js";
+import { addPresets } from "./presets.js";
 import { BUSY, apply, begin, end, finish, newRun, pack, unpack } from "./runs.js";
 import { strings } from "./strings.js";
 import { addStyle } from "./style.js";
@@ -189,8 +191,11 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("LoraGraft")) return;
-    if (node.comfyClass === NODE) addPanel(node);
-    else if (node.widgets?.some((widget) => widget.options?.advanced)) addMore(node);
+    if (node.comfyClass in DRAWN) return addAhead(node, api);
+    if (node.comfyClass === NODE) {
+      addPresets(node, { api, words: words(), create: (kind) => LiteGraph.createNode(kind) });
+      addPanel(node);
+    } else if (node.widgets?.some((widget) => widget.options?.advanced)) addMore(node);
     else return;
     foldAdvanced(node);
   },

@@ -58,7 +58,7 @@ export function createPanel(words, imageUrl, onMore = () => {}) {
   const legend = make("div", "loragraft-legend");
   const keys = {};
   const names = make("div", "loragraft-names");
-  for (const name of ["raw", "smooth", "lr", "saved"]) {
+  for (const name of ["raw", "smooth", "lr", "validation", "saved"]) {
     keys[name] = make("span", `loragraft-key loragraft-key-${name}`);
     names.append(keys[name]);
   }
@@ -101,10 +101,12 @@ export function createPanel(words, imageUrl, onMore = () => {}) {
   /** Under the pointer the legend reads out one point, else it names the lines. */
   function showPoint(point) {
     if (run.many.length) {
-      for (const name of ["raw", "smooth", "lr"]) keys[name].hidden = true;
+      for (const name of ["raw", "smooth", "lr", "validation"]) keys[name].hidden = true;
       keys.saved.hidden = !point;
       keys.saved.classList.add("loragraft-key-step");
-      keys.saved.textContent = point ? `${words.step} ${point.x}` : "";
+      keys.validation.textContent = validationText();
+    keys.validation.hidden = Boolean(point) || run.validations.length === 0;
+    keys.saved.textContent = point ? `${words.step} ${point.x}` : "";
       lanes.showAt(point ? point.x : null);
       return;
     }
@@ -116,6 +118,13 @@ export function createPanel(words, imageUrl, onMore = () => {}) {
     keys.saved.classList.toggle("loragraft-key-step", Boolean(point));
     keys.saved.hidden = !point && run.saves.length === 0;
     keys.lr.hidden = !run.points.some((p) => p.lr > 0);
+  }
+
+  /** The newest validation loss, and which save is the best. */
+  function validationText() {
+    const last = run.validations[run.validations.length - 1];
+    if (!last) return "";
+    return `${words.validation} ${short(last.loss)}${run.best ? ` · ${words.best} ${run.best}` : ""}`;
   }
 
   function showHead() {
@@ -164,7 +173,7 @@ export function createPanel(words, imageUrl, onMore = () => {}) {
     logButton.hidden = empty;
     const longest = Math.max(1, ...(run.many.length ? run.many.map((lane) => lane.total) : [run.total]));
     lanes.show(run.many);
-    chart.draw({ points: run.points, many: run.many.map((lane) => lane.points), saves: run.saves.map((save) => save.step), last: longest });
+    chart.draw({ points: run.points, many: run.many.map((lane) => lane.points), saves: run.saves.map((save) => save.step), validations: run.validations, best: run.best, last: longest });
     showPoint(null);
     const notes = [...zeroNotes(run, ""), ...run.many.flatMap((lane) => [...zeroNotes(lane, `${lane.label}: `), ...errorOf(lane)]), ...run.notes];
     const lines = [...run.lines, ...notes];

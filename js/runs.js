@@ -30,6 +30,8 @@ export function newRun() {
     cache: { what: "", done: 0, total: 0 },
     samples: [], // {step, prompt, filename, subfolder, type}
     saves: [], // {step, zero, total}: zero of total tensors are all zero
+    validations: [], // {x, loss}: the loss on images kept out of training
+    best: 0, // the saved step of the lowest of them; 0 where there is none
     lines: [], // the plan in words
     notes: [],
     file: "",
@@ -94,6 +96,7 @@ const LANE_CHANGES = {
   save(run, message, lane) {
     addSave(lane, message);
   },
+  validation() {}, // a sweep's chart has a line for each run's loss and no more; its notes tell the values
   finished(run, message, lane) {
     Object.assign(lane, { phase: "done", file: text(message.file, 600), step: number(message.step, lane.step) });
     lane.total = Math.max(lane.total, lane.step);
@@ -130,7 +133,9 @@ const CHANGES = {
     const kept = first > 1 ? { points: run.points.filter((p) => p.x <= first), mean: run.mean } : {};
     const samples = first > 1 ? run.samples.filter((s) => s.step <= first) : [];
     const saves = first > 1 ? run.saves.filter((s) => s.step <= first) : [];
-    Object.assign(run, newRun(), kept, { samples, saves, prompt: run.prompt, phase: "preparing", live: true });
+    const validations = first > 1 ? run.validations.filter((v) => v.x <= first) : [];
+    const best = validations.some((v) => v.x === run.best) ? run.best : 0;
+    Object.assign(run, newRun(), kept, { samples, saves, validations, best, prompt: run.prompt, phase: "preparing", live: true });
     run.total = number(message.total_steps);
     run.step = Math.max(0, first - 1);
     takeLines(run, message);
@@ -150,6 +155,10 @@ const CHANGES = {
   },
   save(run, message) {
     addSave(run, message);
+  },
+  validation(run, message) {
+    addValidation(run, message.step, message.loss);
+    if (message.best === true) run.best = number(message.step);
   },
   note(run, message) {
     run.notes = [...run.notes, text(message.text)].slice(-MOST_LINES);
@@ -184,6 +193,12 @@ function addPoint(run, x, loss, lr, most = MOST_POINTS) {
   run.mean = smooth(run.mean, loss);
   run.points.push({ x, loss, smooth: run.mean.value, lr: number(lr, NaN) });
   if (run.points.length > most) run.points = thin(run.points, most / 2);
+}
+
+function addValidation(run, step, loss) {
+  const x = number(step, -1);
+  if (x < 0 || typeof loss !== "number" || !Number.isFinite(loss)) return;
+  run.validations = [...run.validations.filter((v) => v.x < x), { x, loss }].slice(-MOST_POINTS);
 }
 
 function addSample(run, image) {
@@ -223,6 +238,8 @@ export function finish(run, done) {
   run.step = number(done?.step, run.points.length ? run.points[run.points.length - 1].x : run.step);
   run.total = number(done?.total_steps, Math.max(run.total, run.step));
   for (const save of list(done?.saves)) addSave(run, save);
+  for (const pair of list(done?.validations)) if (Array.isArray(pair)) addValidation(run, pair[0], pair[1]);
+  if (run.validations.length) run.best = number(done?.best, run.best);
   if (list(done?.samples).length) {
     run.samples = [];
     for (const sample of done.samples) addSample(run, sample);

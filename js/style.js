@@ -71,6 +71,24 @@ const SHEET = String.raw`
 .loragraft-line { font-size: 11px; line-height: 1.5; overflow-wrap: anywhere; white-space: pre-wrap; }
 .loragraft-note::before { content: "\2022\00a0"; color: var(--lg-rate); }
 
+.loragraft-ahead {
+  --lg-text: var(--component-node-foreground, var(--input-text, #ddd));
+  --lg-muted: var(--component-node-foreground-secondary, var(--descrip-text, #999));
+  --lg-line: color-mix(in srgb, var(--lg-muted) 28%, transparent);
+  --lg-accent: #3b8ee0;
+  --lg-rate: #c9852b;
+  position: relative; box-sizing: border-box; width: 100%; min-height: 110px; padding: 4px 8px; overflow: hidden; contain: content;
+  border-radius: 6px; background: color-mix(in srgb, var(--lg-muted) 10%, transparent);
+}
+.loragraft-presets { box-sizing: border-box; display: flex; flex-wrap: wrap; gap: 4px; width: 100%; font: 11px/1.3 system-ui, sans-serif; contain: content; }
+.loragraft-presets select, .loragraft-presets button {
+  flex: 1 1 0; min-width: 0; height: 22px; padding: 0 4px; border: 1px solid color-mix(in srgb, var(--descrip-text, #999) 40%, transparent); border-radius: 4px;
+  background: var(--comfy-input-bg, #222); color: var(--input-text, #ddd); font: inherit;
+}
+.loragraft-presets button { flex: none; cursor: pointer; }
+.loragraft-presets-note { flex: 1 0 100%; overflow: hidden; height: 14px; color: var(--descrip-text, #999); text-overflow: ellipsis; white-space: nowrap; }
+.loragraft-ahead .bar { fill: var(--lg-accent); }
+.loragraft-ahead-note { position: absolute; inset: 4px 8px; overflow: auto; color: var(--lg-text); font: 11px/1.35 system-ui, sans-serif; white-space: pre-wrap; pointer-events: none; }
 .loragraft-chart { display: block; width: 100%; height: 100%; }
 .loragraft-chart .grid { stroke: var(--lg-line); stroke-width: 1; shape-rendering: crispEdges; }
 .loragraft-chart .tick { fill: var(--lg-muted); font-size: 9.5px; }
@@ -80,6 +98,9 @@ const SHEET = String.raw`
 .loragraft-chart .smooth { stroke: var(--lg-accent); stroke-width: 2; }
 .loragraft-chart .run { stroke-width: 1.6; }
 .loragraft-chart .rate { stroke: var(--lg-rate); stroke-width: 1.2; stroke-dasharray: 4 3; opacity: 0.9; }
+.loragraft-chart path.validation { stroke: var(--lg-good); stroke-width: 1.4; }
+.loragraft-chart circle.validation { fill: var(--lg-good); }
+.loragraft-chart circle.best { fill: none; stroke: var(--lg-good); stroke-width: 1.6; }
 .loragraft-chart .save { stroke: var(--lg-good); stroke-width: 1; stroke-dasharray: 2 3; }
 .loragraft-chart .cursor line { stroke: var(--lg-muted); stroke-width: 1; }
 .loragraft-chart .cursor circle { fill: var(--lg-accent); stroke: var(--lg-text); stroke-width: 1; }
@@ -89,6 +110,7 @@ const SHEET = String.raw`
 .loragraft-key::before { content: ""; display: inline-block; width: 12px; margin-right: 4px; vertical-align: middle; border-top: 2px solid var(--lg-accent); }
 .loragraft-key-raw::before { border-top-width: 1px; opacity: 0.6; }
 .loragraft-key-lr::before { border-top: 1px dashed var(--lg-rate); }
+.loragraft-key-validation::before { border-top: 2px solid var(--lg-good); }
 .loragraft-key-saved::before { border-top: 1px dotted var(--lg-good); }
 .loragraft-key-step::before { display: none; }
 .loragraft-names { flex: 1; display: flex; gap: 10px; min-width: 0; overflow: hidden; }

@@ -14,6 +14,7 @@ from ..trainer.sweep import shared_start
 MAX_CELLS = 400
 SAME = "same"
 FINAL = "final"
+WILDCARDS = ("all", "by seed", "off")  # what {a|b} in a prompt stands for
 LONG = 20  # letters of a file's name that a row's label shows whole even beside small cells
 
 
@@ -44,14 +45,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """One prompt with one seed."""
+    """One prompt with one seed; ``untriggered`` where its trigger words were taken out."""
 
     prompt: str
     seed: int
+    untriggered: bool = False
 
     @property
     def label(self) -> str:
-        return f"{self.prompt}\nseed {self.seed}"
+        aside = "\nwithout trigger" if self.untriggered else ""
+        return f"{self.prompt}{aside}\nseed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,24 @@ def finished(files: Sequence[Path]) -> list[Weights]:
     return [Weights(file, name[cut:]) for file, name in zip(files, names, strict=True)]
 
 
-def columns(prompts: str, seeds: str) -> list[Column]:
-    """List the columns: every prompt (one per line) with every seed; an empty text is one empty prompt."""
+def columns(prompts: str, seeds: str, wildcards: str = "off", trigger: str = "") -> list[Column]:
+    """List the columns: every prompt (one per line) with every seed; an empty text is one empty prompt.
+
+    {a|b} stands for a column each ("all"), for one that the seed picks ("by seed"), or for itself ("off").
+    A prompt that holds ``trigger`` words gets columns without them as well. Raises LG-TOOL-017.
+    """
     lines = [line.strip() for line in prompts.splitlines() if line.strip()] or [""]
-    return [Column(prompt, seed) for prompt in lines for seed in parse_seeds(seeds)]
+    if wildcards == "all":
+        lines = list(dict.fromkeys(text for line in lines for text in api.expand_wildcards(line)))
+    numbers = parse_seeds(seeds)
+    result = []
+    for line in lines:
+        picked = [api.pick_wildcards(line, s) if wildcards == "by seed" else line for s in numbers]
+        result += [Column(prompt, seed) for prompt, seed in zip(picked, numbers, strict=True)]
+        bare = [api.without_words(prompt, trigger) if trigger.strip() else prompt for prompt in picked]
+        both = zip(picked, bare, numbers, strict=True)
+        result += [Column(plain, seed, True) for prompt, plain, seed in both if plain != prompt]
+    return result
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -39,7 +39,7 @@ def report(rows: Sequence[Row], columns: Sequence[Column], settings: Settings) -
             for row in rows
         ],
         "columns": [
-            {"prompt": c.prompt, "seed": c.seed, "index": b}
+            {"prompt": c.prompt, "seed": c.seed, "index": b, "without_trigger": c.untriggered}
             for c in columns
             for b in range(settings.batch_size)
         ],

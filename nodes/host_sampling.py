@@ -18,6 +18,11 @@ import torch
 
 from ..trainer.errors import LoraGraftError, listed, nearest
 
+# What stands behind a module's name in a file: of LoRA, DoRA, LoHa, LoKr, GLoRA, OFT, IA3, or differences.
+TENSOR = re.compile(
+    r"\.(alpha|dora_scale|lora_(up|down|mid|A|B)\.weight|hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t2)"
+    r"|[ab][12]\.weight|oft_blocks|rescale|on_input|weight|diff|diff_b|[wb]_norm)$"
+)
 ATTACHMENT = "loragraft"  # marks a MODEL or CLIP that Train LoRA already put its LoRA on
 
 samplers: list[str] = comfy.samplers.KSampler.SAMPLERS
@@ -63,9 +68,7 @@ def unmatched_modules(model: Any, clip: Any, tensors: dict[str, torch.Tensor]) -
     """List the module names in a LoRA file that ComfyUI's key maps do not know."""
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
-    names = dict.fromkeys(
-        re.sub(r"\.(alpha|lora_(up|down|mid|A|B)\.weight|dora_scale)$", "", k) for k in tensors
-    )
+    names = dict.fromkeys(TENSOR.sub("", k) for k in tensors)
     return [n for n in names if n not in keys]
 
 

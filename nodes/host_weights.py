@@ -14,7 +14,6 @@ from typing import Any
 
 import comfy.model_base
 import comfy.model_management as management
-import comfy.model_sampling
 import comfy.supported_models
 import torch
 from torch import nn
@@ -23,7 +22,6 @@ from ..trainer import api
 from ..trainer.errors import LoraGraftError, listed
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-SD15_SIGMA_MAX = 14.6146  # of the betas that SD1.x was trained with: 0.00085 to 0.012, scaled linear
 # Parts of a state dict that are no weights of a single-file checkpoint.
 NOT_STORED = ("text_projection.weight", "logit_scale", "position_ids")
 
@@ -145,21 +143,6 @@ def _check_model(model: Any) -> None:
     if config.unet_config.get("in_channels") != 4:
         raise _family(
             "MODEL", f"SD1.x with {config.unet_config.get('in_channels')} input channels (inpainting, edit)"
-        )
-    sampling = model.get_model_object("model_sampling")
-    sigma_max = float(getattr(sampling, "sigma_max", 0.0))
-    kinds = [c for c in type(sampling).__mro__ if c.__module__ == comfy.model_sampling.__name__]
-    # In ComfyUI every other prediction type derives from EPS.
-    eps = comfy.model_sampling.EPS in kinds and not any(
-        c is not comfy.model_sampling.EPS and issubclass(c, comfy.model_sampling.EPS) for c in kinds
-    )
-    if not eps or abs(sigma_max - SD15_SIGMA_MAX) > 0.01:
-        raise LoraGraftError(
-            "LG-NODE-006",
-            "The MODEL's sampling is not one that training knows.",
-            where=f"MODEL: {', '.join(c.__name__ for c in kinds)}, largest sigma {sigma_max:.4g}",
-            why=f"this release trains eps-prediction up to sigma {SD15_SIGMA_MAX:.4g}, as SD1.x was made.",
-            fix="link the loader's MODEL, without ModelSampling nodes; v-prediction cannot be trained yet",
         )
 
 

@@ -30,6 +30,8 @@ class Told:
     losses: list[tuple[int, float]] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     saves: list[Payload] = field(default_factory=list)
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    best: int | None = None
     error: str = ""
 
 
@@ -68,6 +70,8 @@ class Live:
         if isinstance(event, events.Step):
             self._take_step(event, number)
             return
+        if isinstance(event, events.Validating):
+            return
         self.flush()
         if isinstance(event, events.Planned):
             told.total, told.step = event.total_steps, event.first_step
@@ -89,6 +93,9 @@ class Live:
         elif isinstance(event, events.Note):
             self._say(event.text, number)
         elif isinstance(event, events.Validated):
+            told.validations = [v for v in told.validations if v[0] < event.step] + [(event.step, event.loss)]
+            told.best = event.step if event.is_best else told.best
+            self._send("validation", step=event.step, loss=event.loss, best=event.is_best, **which)
             self._say(validation_line(event), number)
         elif isinstance(event, events.Failed):
             told.error = str(event.error)
@@ -115,6 +122,9 @@ class Live:
         told = self._told[number]
         rate = max(event.learning_rates.values(), default=0.0)
         told.step, told.total = event.step, event.total_steps
+        while told.losses and told.losses[-1][0] >= event.step:  # the run went back
+            told.losses.pop()
+            told.rates.pop()
         told.losses.append((event.step, event.loss))
         told.rates.append(rate)
         self._waiting.append(
@@ -173,7 +183,9 @@ class Live:
             more = Payload(file=finished.lora_file.name, reused=finished.reused) if self._runs else {}
         rates = dict(zip((s for s, _ in told.losses), told.rates, strict=True))
         kept = losses[:: max(1, -(-len(losses) // most))]
-        saves = told.saves
+        saves, validations, best = told.saves, list(told.validations), told.best
+        if finished is not None and finished.validations:
+            validations, best = list(finished.validations), finished.best_step
         if not saves and finished is not None:
             saves = [{"step": at} for at in map(step_of, finished.checkpoints) if at]
         return {
@@ -182,6 +194,7 @@ class Live:
             "losses": kept,
             "lrs": [rates[s] for s, _ in kept] if all(s in rates for s, _ in kept) else [],
             "saves": saves,
+            **({"validations": validations, "best": best} if validations else {}),
             **more,
         }
 

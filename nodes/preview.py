@@ -114,6 +114,25 @@ class PreviewWithLoRA(io.ComfyNode):
                     "among "
                     "them.",
                 ),
+                io.Combo.Input(
+                    "wildcards",
+                    options=["all", "by seed", "off"],
+                    default="all",
+                    optional=True,
+                    advanced=True,
+                    tooltip="What words in braces with a bar between them mean: a column for each of them, "
+                    "the "
+                    "one that the seed picks, or just this text.",
+                ),
+                io.String.Input(
+                    "trigger_words",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Trigger words, separated by commas: prompts with them get columns without them "
+                    "as "
+                    "well, which show what the LoRA does unasked.",
+                ),
             ],
             outputs=[
                 io.Image.Output("grid", display_name="grid", tooltip="The labelled grid."),
@@ -168,6 +187,8 @@ class PreviewWithLoRA(io.ComfyNode):
         save_grid: bool,
         checkpoints: tuple[Path, ...] = (),
         max_checkpoints: int = 4,
+        wildcards: str = "all",
+        trigger_words: str = "",
     ) -> io.NodeOutput:
         from ..trainer import api
         from . import axes, cells, grids, host
@@ -177,7 +198,7 @@ class PreviewWithLoRA(io.ComfyNode):
         sampling.check_sampler(sampler_name, scheduler)
         files = _files(axes, host, lora_name, checkpoints, max_checkpoints)
         rows = axes.rows(files, strengths, clip_strengths)
-        columns = axes.columns(prompts, seeds)
+        columns = axes.columns(prompts, seeds, wildcards, trigger_words)
         axes.check_size(len(rows), len(columns), batch_size)
         settings = axes.Settings(negative, sampler_name, scheduler, steps, cfg, width, height, batch_size)
         drawn = list(cells.draw_rows(model, clip, vae, rows, columns, settings))

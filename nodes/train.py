@@ -12,8 +12,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from . import widgets
-from .sockets import Sweep, TrainSet
+from . import settings_groups, widgets
+from .sockets import Settings, Sweep, TrainSet
 
 log = logging.getLogger("loragraft")
 
@@ -65,6 +65,12 @@ class TrainLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="From Sweep: train a LoRA with each of its values, all side by side. The files "
                     "get the values behind output_name.",
+                ),
+                Settings.Input(
+                    "settings",
+                    optional=True,
+                    tooltip="From the nodes in LoraGraft/settings, linked in a row. What they set counts, "
+                    "and not the widget of the same name here.",
                 ),
             ],
             outputs=[
@@ -128,14 +134,19 @@ class TrainLoRA(io.ComfyNode):
         train_set: Any,
         existing_run: str = CONTINUE,
         sweep: Any = None,
+        settings: Any = None,
         **values: Any,
     ) -> io.NodeOutput:
         from ..trainer import api
+        from ..trainer.config import TrainConfig
         from ..trainer.sweep import sweep_runs
         from . import host, host_sampling
         from .live import Live, step_of_sample
 
-        config = widgets.train_config(values)
+        linked = _linked(settings or {})
+        config = widgets.train_config(values, linked)
+        for line in settings_groups.told(linked, widgets.settings(TrainConfig, values)):
+            log.info("%s", line)
         runs = sweep_runs(sweep, config) if sweep else []
         workflow = _workflow(cls.hidden.extra_pnginfo)
         head = {"node": str(cls.hidden.unique_id), "workflow": workflow.get("id")}
@@ -168,6 +179,14 @@ class TrainLoRA(io.ComfyNode):
         )
 
 
+def _linked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the linked settings with the file that they may name found below models/loras."""
+    from . import host
+
+    named = settings.get("network_weights")
+    return {**settings, "network_weights": str(host.lora_file(named))} if named else dict(settings)
+
+
 def _train(
     model: Any,
     clip: Any,
@@ -185,6 +204,7 @@ def _train(
     from ..trainer import api
     from ..trainer.progress import Pace
     from . import host, host_weights
+    from .host_prediction import check_prediction
     from .workflow import portable
 
     config = jobs[0][1]
@@ -194,6 +214,7 @@ def _train(
     with host.training_mode():
         for _, each in jobs:
             host_weights.check_clip_skip(clip, each.clip_skip)
+            check_prediction(model, each.v_parameterization, each.zero_terminal_snr)
         host.free_memory()
         run = api.train_together(
             host_weights.open_base(model, clip, vae),

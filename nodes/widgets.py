@@ -106,6 +106,22 @@ EMPTY: dict[str, int] = {
     "save_every_n_steps": 0,
     "save_every_n_epochs": 0,
     "sample_every_n_steps": 0,
+    "scale_weight_norms": 0,
+    "loraplus_lr_ratio": 0,
+    "loraplus_unet_lr_ratio": 0,
+    "loraplus_text_encoder_lr_ratio": 0,
+    "lr_scheduler_min_lr_ratio": -1,
+    "lr_scheduler_timescale": 0,
+    "tokenizer_repeats": 0,
+    "save_n_epoch_ratio": 0,
+    "save_last_n_epochs": 0,
+    "save_last_n_steps": 0,
+    "save_last_n_epochs_state": 0,
+    "save_last_n_steps_state": 0,
+    "sample_every_n_epochs": 0,
+    "validate_every_n_steps": 0,
+    "validate_every_n_epochs": 0,
+    "max_validation_steps": 0,
 }
 STEPS = {
     "resolution": 8,
@@ -116,6 +132,14 @@ STEPS = {
     "unet_lr": 1e-6,
     "text_encoder_lr": 1e-6,
     "lr_warmup_steps": 0.01,
+    "lr_decay_steps": 0.01,
+    "embedding_lr": 1e-4,
+    "huber_c": 0.01,
+    "block_lr_zero_threshold": 0.05,
+    "scale_weight_norms": 0.1,
+    "loraplus_lr_ratio": 1,
+    "loraplus_unet_lr_ratio": 1,
+    "loraplus_text_encoder_lr_ratio": 1,
     "caption_dropout_rate": 0.01,
     "caption_tag_dropout_rate": 0.01,
     "prior_loss_weight": 0.05,
@@ -129,9 +153,11 @@ STEPS = {
     "sample_cfg": 0.5,
 }
 MAXIMA = {"seed": 2**53 - 1}  # a browser's numbers are exact up to here
-MULTILINE = ("sample_prompts", "caption_template")
+MULTILINE = (
+    *("sample_prompts", "caption_template", "network_reg_dims", "network_reg_lrs", "train_embeddings"),
+)
 # Numbers below 1 are a share of all steps, others a number of steps.
-STEPS_OR_SHARE = ("lr_warmup_steps", "token_warmup_step")
+STEPS_OR_SHARE = ("lr_warmup_steps", "lr_decay_steps", "token_warmup_step")
 # A setting's help serves as tooltip, except where a widget is written otherwise than a config file.
 TOOLTIPS = {
     "resolution": "Side of the training area in pixels. With buckets, its square is the area that every "
@@ -143,7 +169,8 @@ TOOLTIPS = {
     "place, as do those behind a second one.",
     "caption_template": "Text around every caption; the tags go where the word caption stands in "
     "braces. One of several lines is picked at each use.",
-    "conv_dim": "Rank for 3x3 convolutions; 0 trains none of them.",
+    "conv_dim": "Rank for 3x3 convolutions; 0 trains none of them, or with a preset that has convolutions "
+    "takes network_dim and network_alpha.",
     "conv_alpha": "Alpha for 3x3 convolutions; 0 means 1.",
     "unet_lr": "Learning rate of the denoiser; -1 takes learning_rate, 0 leaves it out.",
     "text_encoder_lr": "Learning rate of the text encoder; -1 takes learning_rate, 0 leaves it out.",
@@ -151,10 +178,23 @@ TOOLTIPS = {
     "min_snr_gamma": "Min-SNR loss weighting (5 is usual); 0 weighs all timesteps alike.",
     "save_every_n_steps": "Also save every n steps; 0 does not.",
     "save_every_n_epochs": "Also save every n epochs; 0 does not.",
-    "sample_every_n_steps": "Draw the sample prompts every n steps; 0 draws them at each save.",
-    "sample_prompts": "Prompts drawn during training, one per line, one image each.",
+    "sample_every_n_steps": "Draw the sample prompts every n steps; 0 does not, and with "
+    "sample_every_n_epochs 0 as well they are drawn at each save.",
+    "sample_prompts": "Prompts drawn during training, one per line, one image each; --w --h --d --s --l --n "
+    "after a prompt set its width, height, seed, steps, guidance scale and negative prompt.",
     "optimizer_args": "Optimizer options as kohya writes them, separated by spaces: "
     "weight_decay=0.01 betas=.9,.99",
+    "lr_scheduler_args": "Options of the schedule, separated by spaces: T_0=400 decay=0.9",
+    "network_reg_dims": "Ranks of single modules, one pattern=rank per line: the pattern is a regular "
+    "expression that is looked for in the module's name. The first that is found counts; rank 0 leaves a "
+    "module out.",
+    "network_reg_lrs": "Learning rates of single modules, one pattern=rate per line: the pattern is a "
+    "regular expression that is looked for in the module's name. The first that is found counts.",
+    "network_weights": "LoRA file below models/loras to start from instead of from nothing.",
+    "train_modules": "Train only modules in whose name one of these regular expressions is found, such as "
+    "attn2 or up_blocks, separated by spaces; empty trains all that the preset has.",
+    "train_embeddings": "Words whose embeddings are trained along with the LoRA, one per line: word, "
+    "word*vectors or word=text to begin from*vectors.",
     "seed": "Seed of everything random in the run. It stays fixed, so that queueing again does not train "
     "again.",
 }
@@ -191,15 +231,28 @@ def dataset_config(values: Mapping[str, Any]) -> config.DatasetConfig:
     return checks.make(config.DatasetConfig, settings(config.DatasetConfig, values), where="Build Dataset")
 
 
-def train_config(values: Mapping[str, Any]) -> config.TrainConfig:
-    """Build the TrainConfig that widget values mean; raises LoraGraftError as any other source does."""
-    return checks.make(config.TrainConfig, settings(config.TrainConfig, values), where="Train LoRA")
+def train_config(values: Mapping[str, Any], linked: Mapping[str, Any] | None = None) -> config.TrainConfig:
+    """Build the TrainConfig that widget values mean; raises LoraGraftError as any other source does.
+
+    ``linked`` are plain settings that count instead of the widgets of their names.
+    """
+    plain = {**settings(config.TrainConfig, values), **(linked or {})}
+    return checks.make(config.TrainConfig, plain, where="Train LoRA")
 
 
 def settings(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Turn widget values into plain settings: 0 or -1 into empty, lines into a tuple, "75" into 75."""
     hints = typing.get_type_hints(cls)
     return {name: _setting(name, value, hints.get(name, str)) for name, value in values.items()}
+
+
+def as_widget(name: str, value: Any) -> Any:
+    """Return a setting as its widget holds it: the value that stands for empty, lines of text."""
+    if value is None:
+        return EMPTY[name]
+    if isinstance(value, tuple | list):
+        return ("\n" if name in MULTILINE else " ").join(map(str, value))
+    return value
 
 
 def _setting(name: str, value: Any, hint: Any) -> Any:
@@ -217,6 +270,11 @@ def _setting(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
+def widgets_of(cls: type, names: Iterable[str]) -> list[Widget]:
+    """List the widgets of these settings, none of them folded away."""
+    return _widgets(cls, names, ())
+
+
 def _widgets(cls: type, common: Iterable[str], advanced: Iterable[str]) -> list[Widget]:
     hints = typing.get_type_hints(cls)
     fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
@@ -228,7 +286,7 @@ def _widgets(cls: type, common: Iterable[str], advanced: Iterable[str]) -> list[
 
 
 def _widget(name: str, hint: Any, default: Any, info: config.Info, advanced: bool) -> Widget:
-    tooltip = TOOLTIPS.get(name, info.help)
+    tooltip = tooltip_of(name, info.help)
     kinds = typing.get_args(hint) or (hint,)
     if info.choices:
         return Widget(name, "choice", str(default), tooltip, advanced, choices=info.choices)
@@ -253,6 +311,13 @@ def _widget(name: str, hint: Any, default: Any, info: config.Info, advanced: boo
         maximum=None if high is None else number(high),
         step=STEPS.get(name, 1 if kind == "int" else 0.01),
     )
+
+
+def tooltip_of(name: str, help: str) -> str:
+    """Return a widget's tooltip; a number that may be empty in a config file says what stands for that."""
+    if name in EMPTY and name not in TOOLTIPS:
+        return f"{help} Here {EMPTY[name]} stands for empty."
+    return TOOLTIPS.get(name, help)
 
 
 def inputs(io: Any, widgets: Iterable[Widget]) -> list[Any]:

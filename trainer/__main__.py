@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import dataset, preview, train
+from .commands import dataset, preview, sample, tools_checkpoint, tools_lora, train
 from .errors import LoraGraftError
 
 
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     top = argparse.ArgumentParser("loragraft", description="Train LoRAs without a graph.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, dataset, preview):
+    for command in (train, dataset, preview, sample, tools_lora, tools_checkpoint):
         command.add(commands)
     return top
 

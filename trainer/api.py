@@ -52,14 +52,44 @@ from .draw import Drawn, draw
 from .draw import Settings as DrawSettings
 from .errors import LoraGraftError
 from .events import Cached, Event, Failed, Finished, Note, Planned, Sampled, Saved, Step, Validated
-from .families import opening
+from .families import FAMILIES, opening
 from .families.opening import Base, find_tokenizer, hash_weights
+from .imports.files import read_foreign
+from .imports.imported import Imported
+from .imports.kohya import read_kohya
 from .loop import Places
+from .optim.curve import block_bars
+from .optim.curve import curve as learning_rate_curve
+from .optim.find import available as available_optimizers
 from .paths import resolve, safe_name
 from .plan import plan_run
+from .presets import Preset, preset, presets
 from .preview import chart, grid, parse_range
 from .progress import validation_line
+from .sample_prompts import read_prompts
 from .together import train, train_together
+from .tools.check import LoraCheck, check_lora
+from .tools.edit_metadata import FIELDS as METADATA_FIELDS
+from .tools.edit_metadata import edit_metadata, metadata_lines
+from .tools.extract import ExtractSettings
+from .tools.jobs import (
+    PRECISIONS,
+    Output,
+    Written,
+    convert_lora,
+    extract_lora_file,
+    merge_checkpoint,
+    merge_lora,
+    resize_lora,
+)
+from .tools.layout import convert_checkpoint
+from .tools.merge import MergeSettings
+from .tools.naming import NAMINGS
+from .tools.resize import ResizeSettings
+from .tools.sample import Drawing, SampleSettings, draw_images
+from .tools.samplers import SAMPLERS
+from .tools.sigmas import SCHEDULES
+from .tools.wildcards import expand_wildcards, pick_wildcards, without_words
 
 __all__ = [
     "AUTO_TAGGER",
@@ -73,21 +103,36 @@ __all__ = [
     "Dataset",
     "DatasetConfig",
     "DrawSettings",
+    "Drawing",
     "Drawn",
     "Edited",
     "Encoding",
     "Event",
     "Export",
+    "ExtractSettings",
     "Failed",
     "Finished",
+    "FAMILIES",
     "FrameSettings",
+    "Imported",
     "KNOWN_TAGGERS",
+    "LoraCheck",
     "LoraGraftError",
+    "METADATA_FIELDS",
+    "MergeSettings",
+    "NAMINGS",
     "Note",
+    "Output",
+    "PRECISIONS",
     "Places",
     "Planned",
+    "Preset",
     "Record",
+    "ResizeSettings",
+    "SAMPLERS",
+    "SCHEDULES",
     "SEVERAL",
+    "SampleSettings",
     "Sampled",
     "Saved",
     "ScanOptions",
@@ -96,19 +141,25 @@ __all__ = [
     "TaggerFiles",
     "TrainConfig",
     "TrainSet",
-    "Validated",
     "Upscaler",
+    "Validated",
     "Viewpoint",
+    "Written",
     "add_regularisation",
     "as_dict",
+    "available_optimizers",
     "bad_option",
+    "block_bars",
     "build_train_set",
     "chart",
+    "check_lora",
     "check_memory",
     "choose_taggers",
     "chosen_records",
     "complete",
     "convert",
+    "convert_checkpoint",
+    "convert_lora",
     "count_tags",
     "crop_dataset",
     "crop_preview",
@@ -118,12 +169,16 @@ __all__ = [
     "download_lines",
     "download_tagger",
     "draw",
+    "draw_images",
     "duplicate_lines",
     "duplicate_sheet",
     "edit_captions",
+    "edit_metadata",
     "escape_brackets",
+    "expand_wildcards",
     "export_kohya",
     "extract_frames",
+    "extract_lora_file",
     "find_duplicates",
     "find_orphans",
     "find_taggers",
@@ -137,12 +192,16 @@ __all__ = [
     "hash_weights",
     "info_of",
     "known_word",
+    "learning_rate_curve",
     "load_dataset",
     "lora_metadata",
     "lora_tensors",
     "make",
     "make_both",
+    "merge_checkpoint",
+    "merge_lora",
     "merged",
+    "metadata_lines",
     "open_base",
     "open_base_from_weights",
     "open_demo_base",
@@ -150,15 +209,22 @@ __all__ = [
     "own_subjects",
     "parse_captions",
     "parse_range",
+    "pick_wildcards",
     "plan_frames",
     "plan_run",
+    "preset",
+    "presets",
     "read_blocks",
     "read_caption_list",
+    "read_foreign",
+    "read_kohya",
+    "read_prompts",
     "remove_orphans",
     "report_data",
     "report_html",
     "report_lines",
     "report_pictures",
+    "resize_lora",
     "resolve",
     "safe_name",
     "save_dataset",
@@ -172,10 +238,11 @@ __all__ = [
     "token_counter",
     "train",
     "train_together",
-    "validation_line",
     "upscale_small",
+    "validation_line",
     "weights_key",
     "without_duplicates",
+    "without_words",
 ]
 
 DEMO = Path(__file__).parent / "demo"

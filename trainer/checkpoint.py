@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,15 @@ from safetensors.torch import load_file
 
 from .errors import LoraGraftError
 from .safefile import replace, sync_folder, write_safetensors, write_text
+from .trends import Measure
 
 LORA = "lora.safetensors"
 STATE = "train_state.safetensors"
 INFO = "state.json"
 MANIFEST = "manifest.json"
+ENDED = "ended.json"
 MARK = ".tmp-"  # in the name of what is being written
+DROPPED = ".dropped-"  # in the name of what is being deleted
 KEEP_STATES = 2
 SPARE_BYTES = 64 * 2**20
 
@@ -52,6 +55,19 @@ class Checkpoint:
         """Return what state.json holds."""
         result: dict[str, Any] = json.loads((self.folder / INFO).read_text(encoding="utf-8"))
         return result
+
+    def remarks(self) -> dict[str, str]:
+        """Return what the LoRA's metadata says of a run that did not go straight."""
+        found = self.info().get("remarks", {})
+        return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+    def embeddings(self) -> dict[str, torch.Tensor]:
+        """Return the trained embeddings of words, (vectors, D) float32 each."""
+        return {word: torch.tensor(rows) for word, rows in self.info().get("embeddings", {}).items()}
+
+    def measures(self) -> list[Measure]:
+        """Return the validations so far."""
+        return measures_of(self.info())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the training state's tensors."""
@@ -94,6 +110,17 @@ class RunFolder:
             ) from None
         self._sweep()
 
+    def ended_at(self) -> int:
+        """Return the step at which the run came to its end, all that belongs to it done; 0 before that."""
+        try:
+            return int(json.loads((self.path / ENDED).read_text(encoding="utf-8"))["step"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
+            return 0
+
+    def end(self, step: int) -> None:
+        """Note that the run came to its end at ``step``: what is left is to publish it."""
+        write_text(self.path / ENDED, json.dumps({"step": max(step, self.ended_at())}))
+
     def close(self) -> None:
         """Release the lock."""
         self._lock.release()
@@ -103,6 +130,7 @@ class RunFolder:
         old = self.path / "ckpt-old"
         shutil.rmtree(old, ignore_errors=True)
         replace(self._checkpoints, old)
+        (self.path / ENDED).unlink(missing_ok=True)
         self._checkpoints.mkdir()
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -117,9 +145,11 @@ class RunFolder:
         metadata: Mapping[str, str],
         state: Mapping[str, torch.Tensor],
         info: Mapping[str, Any],
+        keeps_state: Callable[[int], bool] = lambda step: False,
     ) -> Checkpoint:
         """Write and verify the checkpoint of ``step``; a complete one already there is kept.
 
+        Training states stay of the newest two, and of the steps of which ``keeps_state`` says so.
         What fails once is tried again. Raises LG-SAVE-001 when the disk is full, LG-SAVE-007 when it
         cannot be written to, and LG-SAVE-002 when what was written does not read back.
         """
@@ -146,8 +176,15 @@ class RunFolder:
                 fix="check the disk; queueing again continues from the newest earlier checkpoint",
             )
         with contextlib.suppress(OSError):  # the save is done; what could not be dropped is next time
-            self._drop_old_states()
+            self._drop_old_states(keeps_state)
         return saved
+
+    def drop(self, step: int) -> None:
+        """Delete the checkpoint of ``step``: gone at once by its name, then from the disk."""
+        folder = self._checkpoints / f"step-{step:06d}"
+        gone = folder.with_name(f"{folder.name}{DROPPED}{uuid.uuid4().hex[:8]}")
+        replace(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _write(
         self,
@@ -191,18 +228,26 @@ class RunFolder:
                 replace(folder, target)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
+        for folder in self._checkpoints.glob(f"step-*{DROPPED}*"):
+            shutil.rmtree(folder, ignore_errors=True)
         for file in self.path.rglob(f"*{MARK}*"):
             with contextlib.suppress(OSError):
                 file.unlink()
 
-    def _drop_old_states(self) -> None:
-        """Keep the newest training states; of older checkpoints the LoRA stays."""
+    def _drop_old_states(self, keeps_state: Callable[[int], bool]) -> None:
+        """Keep the newest training states, and wished ones; of older checkpoints the LoRA stays."""
         found = [c for f in self._folders() if (f / STATE).exists() and (c := verified(f)) is not None]
         resumable = sorted((c for c in found if c.resumable), key=lambda c: c.step)
-        for checkpoint in resumable[:-KEEP_STATES]:
+        kept = [c for i, c in enumerate(reversed(resumable)) if i < KEEP_STATES or keeps_state(c.step)]
+        for checkpoint in [c for c in resumable if c not in kept]:
             _write_manifest(checkpoint.folder, [LORA, INFO])
-        for checkpoint in [c for c in found if c not in resumable[-KEEP_STATES:]]:
+        for checkpoint in [c for c in found if c not in kept]:
             (checkpoint.folder / STATE).unlink()
+
+
+def measures_of(info: Mapping[str, Any]) -> list[Measure]:
+    """Read the validations in a state.json; raises ValueError, TypeError, IndexError for others."""
+    return [Measure(int(m[0]), float(m[1]), float(m[2]), m[3] is True) for m in info.get("measures", [])]
 
 
 def verified(folder: Path) -> Checkpoint | None:

@@ -17,15 +17,18 @@ from .config import DatasetConfig, TrainConfig, info_of
 from .contradictions import dataset, learning, loss, network, running, saving, text
 from .contradictions.refusals import bad_value
 from .errors import LoraGraftError, listed, nearest
+from .settings.optimizers import canonical
 
 # kohya's spelling of a value -> ours; written down here so that no other code guesses.
 VALUE_ALIASES: dict[tuple[str, Any], Any] = {
     ("mixed_precision", "no"): "fp32",
     ("save_precision", "float"): "fp32",
-    ("optimizer_type", "adamw"): "AdamW",
+    ("algo", "diag-oft"): "oft",
     ("max_token_length", None): 75,
     ("clip_skip", None): 1,
 }
+
+SPELLING: Mapping[str, Callable[[str], str]] = {"optimizer_type": canonical}  # where case does not matter
 
 Config = TypeVar("Config", DatasetConfig, TrainConfig)
 
@@ -42,6 +45,14 @@ def make(cls: type[Config], values: Mapping[str, Any], *, where: str = "settings
     ``where`` names the source (a file, a node) for messages. Raises LoraGraftError for an unknown
     key, a wrong type, a value out of range, or settings that contradict each other.
     """
+    config = cls(**check_values(cls, values, where=where))
+    for check in CHECKS[cls]:
+        check(config, where)
+    return config
+
+
+def check_values(cls: type, values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """Return some settings of a config as it holds them; each is checked alone, none with the others."""
     known = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     unknown = [key for key in values if key not in known]
@@ -54,13 +65,9 @@ def make(cls: type[Config], values: Mapping[str, Any], *, where: str = "settings
             why="a misspelt setting would be trained without, and nobody would notice.",
             fix=f"did you mean '{guess[0]}'?"
             if guess
-            else f"known settings: {listed(sorted(known), limit=80)}",
+            else "'loragraft train --help' lists all settings",
         )
-    clean = {key: _checked(cls, key, hints[key], value, where) for key, value in values.items()}
-    config = cls(**clean)
-    for check in CHECKS[cls]:
-        check(config, where)
-    return config
+    return {key: _checked(cls, key, hints[key], value, where) for key, value in values.items()}
 
 
 def make_both(values: Mapping[str, Any], *, where: str = "settings") -> tuple[DatasetConfig, TrainConfig]:
@@ -77,7 +84,7 @@ def make_both(values: Mapping[str, Any], *, where: str = "settings") -> tuple[Da
                 why="a misspelt setting would be trained without, and nobody would notice.",
                 fix=f"did you mean '{guess[0]}'?"
                 if guess
-                else f"known settings: {listed(sorted(data_keys | train_keys), limit=80)}",
+                else "'loragraft train --help' lists all settings",
             )
     data = make(DatasetConfig, {k: v for k, v in values.items() if k in data_keys}, where=where)
     return data, make(TrainConfig, {k: v for k, v in values.items() if k in train_keys}, where=where)
@@ -86,12 +93,13 @@ def make_both(values: Mapping[str, Any], *, where: str = "settings") -> tuple[Da
 def _checked(cls: type, name: str, hint: Any, value: Any, where: str) -> Any:
     info = info_of(cls, name)
     value = VALUE_ALIASES.get((name, value), value) if _hashable(value) else value
+    value = SPELLING[name](value) if name in SPELLING and isinstance(value, str) else value
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     coerced = _coerce(value, allowed)
     if coerced is _WRONG:
         expected = " or ".join(_type_name(t) for t in allowed)
         raise bad_value(name, value, expected, where)
-    if info.choices and str(coerced) not in info.choices:
+    if info.choices and not info.open and str(coerced) not in info.choices:
         guess = nearest(str(coerced), info.choices)
         raise bad_value(name, value, f"one of {', '.join(info.choices)}", where, guess[0] if guess else None)
     for item in coerced if isinstance(coerced, tuple) else (coerced,):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from ast import literal_eval as read_literal  # literals only: nothing is run
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +49,19 @@ def resolution_wh(config: DatasetConfig) -> tuple[int, int]:
 
 def optimizer_kwargs(config: TrainConfig) -> dict[str, Any]:
     """Parse ``optimizer_args`` ("weight_decay=0.01", "betas=.9,.99"); literals only."""
+    return literals("optimizer_args", config.optimizer_args, "weight_decay=0.01 or betas=(0.9,0.99)")
+
+
+def scheduler_kwargs(config: TrainConfig) -> dict[str, Any]:
+    """Parse ``lr_scheduler_args`` ("T_0=400", "decay=0.9"); literals only, step_rules also as bare text."""
+    items = [_quoted(item) for item in config.lr_scheduler_args]
+    return literals("lr_scheduler_args", items, "T_0=400 or step_rules=1:10,0.1:20,0.01")
+
+
+def literals(setting: str, items: Iterable[str], example: str) -> dict[str, Any]:
+    """Parse entries of the form key=literal; raises LG-CFG-002, naming the setting and giving the example."""
     result: dict[str, Any] = {}
-    for item in config.optimizer_args:
+    for item in items:
         key, equals, text = (part.strip() for part in item.partition("="))
         try:
             if not equals:
@@ -62,16 +74,30 @@ def optimizer_kwargs(config: TrainConfig) -> dict[str, Any]:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise LoraGraftError(
                 "LG-CFG-002",
-                f"Optimizer option '{one_line(item, 60)}' cannot be read.",
-                where="optimizer_args",
+                f"Option '{one_line(item, 60)}' of {setting} cannot be read.",
+                where=setting,
                 why=f"it is not of the form key=literal ({error}).",
-                fix="write for instance weight_decay=0.01 or betas=(0.9,0.99)",
+                fix=f"write for instance {example}",
             ) from None
     return result
 
 
+def _quoted(item: str) -> str:
+    """Return an entry with its text in quotes where it is the rules of piecewise_constant, bare."""
+    key, equals, text = (part.strip() for part in item.partition("="))
+    bare = key == "step_rules" and equals and not text.startswith(("'", '"'))
+    return f"{key}={text!r}" if bare else item
+
+
+def token_length(config: TrainConfig) -> int:
+    """Return the longest caption in tokens, a multiple of 75, without start and end."""
+    return int(config.max_token_length) if config.tokenizer_repeats is None else 75 * config.tokenizer_repeats
+
+
 def denoiser_lr(config: TrainConfig) -> float:
     """Return the denoiser's learning rate; 0 means that it is not trained."""
+    if config.network_train_text_encoder_only:
+        return 0.0
     return config.learning_rate if config.unet_lr is None else config.unet_lr
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from .config import token_length
 from .data.batches import plan_epoch
 from .engine.captured import Captured
 from .engine.flat import Flat
@@ -59,7 +60,7 @@ class Largest:
         family, parts = runs[0].base.family, runs[0].parts
         count = batch * (len(self.rows) if rows is None else rows)
         height, width = (x // family.latent_multiple for x in size)
-        chunks = max(int(run.config.max_token_length) for run in runs) // 75
+        chunks = max(token_length(run.config) for run in runs) // 75
         text = (
             meta(count, chunks * 75 + 2, cast(Any, parts.text_encoder).config.hidden_size)
             if runs[self.lead].inputs.keeps_text
@@ -87,7 +88,7 @@ def case_of(runs: Sequence[Run], num_blocks: int, num_swappable: int) -> Case:
     width, height = max((b for run in runs for b in run.train_set.buckets), key=lambda b: b[0] * b[1])
     swapped = min(config.blocks_to_swap, num_swappable)
     return Case(
-        max(run.config.train_batch_size for run in runs),
+        max(run.world.largest(run.config.train_batch_size) for run in runs),
         (height, width),
         max(run.config.network_dim for run in runs),
         config.base_storage,
@@ -111,6 +112,8 @@ def costs_of_runs(largest: Largest, found: Sequence[nn.Module], footprints: Foot
     elif len(runs) > 1:  # one run's gradients wait while the next one's are computed
         held += 4
     vae = [] if all(run.config.cache_latents for run in runs) else frozen(parts.vae)
+    if any(run.average is not None for run in runs):
+        held += 4
     return costs_of(
         largest.modules(),
         parts.denoiser,

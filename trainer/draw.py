@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .adapters.files import read_tensors
-from .adapters.lora import attach, remove, set_strength
+from .adapters.attach import attach
+from .adapters.files import PREDICTION, TERMINAL, VELOCITY, read_metadata, read_tensors
+from .adapters.network import remove, set_strength
 from .engine.precision import pick_device, place, resolve
 from .families.opening import Base
 
@@ -55,8 +56,8 @@ def draw(
     place(parts, precision, owned=base.owned, text_at_every_step=False)
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
     for file in lora_files:
-        targets = base.family.targets(parts, convolutions=True)
-        adapter = attach(parts, read_tensors(file), targets)
+        targets = base.family.targets(parts, convolutions=True, preset="everything")
+        adapter, texts = attach(parts, read_tensors(file), targets), read_metadata(file)
         for strength in strengths:
             set_strength(adapter, strength)
             for start in range(0, len(wanted), settings.batch):
@@ -70,6 +71,8 @@ def draw(
                     steps=settings.steps,
                     cfg=settings.cfg,
                     clip_skip=settings.clip_skip,
+                    velocity=texts.get(PREDICTION) == VELOCITY,
+                    zero_terminal_snr=texts.get(TERMINAL) == "True",
                 )
                 for (prompt, seed), image in zip(batch, images, strict=True):
                     yield Drawn(file.stem, strength, prompt, seed, image)

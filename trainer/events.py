@@ -71,12 +71,27 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Validating:
+    """So many of the images kept out of training were measured at ``step``."""
+
+    step: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Validated:
-    """The mean loss over the images kept out of training, with the same noise and timesteps each time."""
+    """The mean loss over the images kept out of training, with the same noise and timesteps each time.
+
+    ``images`` are their names and losses; ``is_best`` says that this step is saved and no saved one before
+    it was as good.
+    """
 
     step: int
     loss: float
     num_images: int
+    images: tuple[tuple[str, float], ...] = ()
+    is_best: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,10 @@ class Note:
 
 @dataclass(frozen=True)
 class Finished:
-    """The product: the published LoRA file and where everything else lies."""
+    """The product: the published LoRA file and where everything else lies.
+
+    ``validations`` are pairs of step and loss; ``best_step`` is the saved step of the lowest one.
+    """
 
     lora_file: Path
     run_folder: Path
@@ -97,6 +115,8 @@ class Finished:
     losses: tuple[float, ...]
     reused: bool
     checkpoints: tuple[Path, ...]
+    validations: tuple[tuple[int, float], ...] = ()
+    best_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,4 +126,4 @@ class Failed:
     error: LoraGraftError
 
 
-Event = Planned | Cached | Step | Sampled | Saved | Validated | Note | Finished | Failed
+Event = Planned | Cached | Step | Sampled | Saved | Validating | Validated | Note | Finished | Failed

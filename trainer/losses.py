@@ -1,39 +1,96 @@
-"""The loss of a micro-batch, from noisy latents to one number a run: the maths of a step, in one place."""
+"""The loss of a micro-batch, from noisy latents to one number a run: the maths of a step, in one place.
+
+The reference trainer's order: noise, prediction, each value's error, mask, mean over a sample, the sample's
+own weight, the timestep's weight, mean over the samples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 
 from .config import TrainConfig
 from .engine.steps import Tensors
 from .inputs import Fed, Inputs
-from .objective import diffusion_losses, min_snr_weight
+from .objective import NoiseSchedule, diffusion_losses, huber_threshold, timestep_weight
+from .objective.errors import NEEDS_THRESHOLD
 from .parts import Parts
+from .settings.loss import LossSettings
+
+OBJECTIVE = tuple(field.name for field in dataclasses.fields(LossSettings))
 
 
 def micro_losses(
     parts: Parts, inputs: Inputs, configs: Sequence[TrainConfig], tensors: Tensors
 ) -> torch.Tensor:
     """Return the losses (len(configs),) of one micro-batch a run; ``tensors`` are a `Fed`'s, joined."""
-    base = inputs.base
-    latents, noise, t, text, weight, mask = cast("Fed", tensors)
-    schedule = base.family.schedule
-    noisy = schedule.add_noise(latents, noise, t)
-    cond = inputs.embed(text)
-    pred = base.family.predict(parts, noisy, t, cond)
-    for_snr = _snr_weights(configs, schedule.snr(t))
-    if for_snr is not None:
-        weight = for_snr if weight is None else for_snr * weight
-    return diffusion_losses(pred, noise, weight, mask).view(len(configs), -1).mean(dim=1)
+    family, fed = inputs.base.family, Fed(*tensors)  # type: ignore[arg-type]
+    plain = family.schedule
+
+    def noisy(
+        config: TrainConfig, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        return schedule_of(plain, config).add_noise(latents, noise, t)
+
+    def losses(
+        config: TrainConfig,
+        pred: torch.Tensor,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        weight: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        schedule = schedule_of(plain, config)
+        target = schedule.velocity(latents, noise, t) if config.v_parameterization else noise
+        for_time = _timestep_weight(plain, config, t)
+        if for_time is not None:
+            weight = for_time if weight is None else for_time * weight
+        threshold = None
+        if config.loss_type in NEEDS_THRESHOLD:
+            kind, c = config.huber_schedule, config.huber_c
+            threshold = huber_threshold(kind, schedule, t, c, config.huber_scale)
+        return diffusion_losses(pred, target, weight, mask, config.loss_type, threshold)
+
+    seen = fed.noise if fed.perturbed is None else fed.perturbed
+    cond = inputs.embed(fed.text, fed.emphasis)
+    pred = family.predict(parts, _by_run(configs, noisy, fed.latents, seen, fed.t), fed.t, cond)
+    each = _by_run(configs, losses, pred, fed.latents, fed.noise, fed.t, fed.weight, fed.mask)
+    return each.view(len(configs), -1).mean(dim=1)
 
 
-def _snr_weights(configs: Sequence[TrainConfig], snr: torch.Tensor) -> torch.Tensor | None:
-    """Return min-SNR weights of the samples, where a run asks for them."""
-    gammas = [config.min_snr_gamma for config in configs]
-    if not any(gammas):
-        return None
-    pieces = zip(gammas, snr.chunk(len(configs)), strict=True)
-    return torch.cat([torch.ones_like(x) if g is None else min_snr_weight(x, g) for g, x in pieces])
+def schedule_of(plain: NoiseSchedule, config: TrainConfig) -> NoiseSchedule:
+    """Return the schedule that a run trains on: the family's own, or the one that ends in noise alone."""
+    return dataclasses.replace(plain, zero_terminal_snr=True) if config.zero_terminal_snr else plain
+
+
+def _timestep_weight(plain: NoiseSchedule, config: TrainConfig, t: torch.Tensor) -> torch.Tensor | None:
+    """Return the timesteps' weights (B,), where the run asks for any.
+
+    They count with the ratio of the unchanged schedule, as in the reference trainer: where the last timestep
+    is noise alone, min-SNR would otherwise never teach it.
+    """
+    return timestep_weight(
+        plain.snr(t),
+        velocity=config.v_parameterization,
+        min_snr_gamma=config.min_snr_gamma,
+        scale_v_like_noise=config.scale_v_pred_loss_like_noise_pred,
+        v_like_loss=config.v_pred_like_loss,
+        debiased=config.debiased_estimation_loss,
+    )
+
+
+def _by_run(
+    configs: Sequence[TrainConfig], work: Callable[..., torch.Tensor], *tensors: torch.Tensor | None
+) -> torch.Tensor:
+    """Apply ``work(config, *slices)`` to each run's slice of the tensors and join the results.
+
+    Where all runs have one objective, it is applied to the whole at once.
+    """
+    if len({tuple(getattr(config, name) for name in OBJECTIVE) for config in configs}) == 1:
+        return work(configs[0], *tensors)
+    count = len(configs)
+    slices = zip(*([None] * count if x is None else x.chunk(count) for x in tensors), strict=True)
+    return torch.cat([work(config, *each) for config, each in zip(configs, slices, strict=True)])

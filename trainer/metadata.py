@@ -9,10 +9,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
-from .adapters.files import compact, tensor_hash
+from .adapters.configured import network_args, network_module
+from .adapters.files import PREDICTION, TERMINAL, VELOCITY, compact, read_tensors, tensor_hash
 from .config import DatasetConfig, TrainConfig, as_dict, denoiser_lr, encoder_lr, resolution_wh
 from .data.records import Record
 from .data.train_set import TrainSet, training_samples
@@ -20,6 +22,7 @@ from .families.opening import Base
 
 # Settings that change neither the LoRA's tensors nor their order of making.
 NOT_IN_HASH = (
+    "fused_backward_pass",
     "engine",
     "attention",
     "memory",
@@ -30,15 +33,31 @@ NOT_IN_HASH = (
     "cache_latents",
     "save_every_n_steps",
     "save_every_n_epochs",
+    "save_n_epoch_ratio",
+    "save_last_n_epochs",
+    "save_last_n_steps",
+    "save_last_n_epochs_state",
+    "save_last_n_steps_state",
+    "publish_checkpoints",
     "sample_prompts",
+    "sample_at_first",
     "sample_every_n_steps",
+    "sample_every_n_epochs",
     "sample_steps",
     "sample_cfg",
+    "validate_every_n_steps",
+    "validate_every_n_epochs",
+    "validation_timesteps",
+    "max_validation_steps",
+    "log_with",
+    "on_divergence",
+    "resume",  # what it continues enters the hash by its content
     "preview_image",
     "metadata_title",
     "metadata_trigger_phrase",
     "training_comment",
     "embed_workflow",
+    "save_as",
 )
 
 
@@ -49,6 +68,8 @@ def run_hash(
     settings = {k: v for k, v in as_dict(config).items() if k not in NOT_IN_HASH}
     for key in ("max_train_steps", "max_train_epochs", "mixed_precision"):
         del settings[key]
+    if config.network_weights:  # the run depends on the content, wherever it lies
+        settings["network_weights"] = tensor_hash(read_tensors(Path(config.network_weights)))
     content = compact([settings, total_steps, precision, train_set.fingerprint, base.weights_hash])
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -80,9 +101,11 @@ def build(
     title = config.metadata_title or config.output_name
     values: dict[str, object] = {
         "ss_output_name": config.output_name,
-        "ss_network_module": "networks.lora",
+        "ss_network_module": network_module(config),
         "ss_network_dim": config.network_dim,
-        "ss_network_alpha": config.network_alpha,
+        "ss_network_alpha": config.network_alpha or float(config.network_dim),
+        "ss_network_dropout": config.network_dropout or None,
+        "ss_scale_weight_norms": config.scale_weight_norms,
         "ss_learning_rate": config.learning_rate,
         "ss_unet_lr": denoiser_lr(config),
         "ss_text_encoder_lr": encoder_lr(config),
@@ -126,19 +149,20 @@ def build(
         "loragraft_run": run,
         "loragraft_base": base.weights_hash,
     }
-    if config.conv_dim is not None:
-        values["ss_network_args"] = compact(
-            {"conv_dim": config.conv_dim, "conv_alpha": config.conv_alpha or 1.0}
-        )
+    if arguments := network_args(config):
+        values["ss_network_args"] = compact(arguments)
     texts = {k: _text(v) for k, v in values.items()}
     texts |= base.family.metadata
+    if config.v_parameterization:
+        texts |= {PREDICTION: VELOCITY, "ss_v_parameterization": "True"}
+        texts[TERMINAL] = str(config.zero_terminal_snr)
     trained = [r for r in train_set.records if not r.is_reg]
     texts["ss_tag_frequency"] = compact(_tag_frequency(trained, data))
     texts["ss_dataset_dirs"] = compact(_dataset_dirs(trained))
     if reg := [r for r in train_set.records if r.is_reg]:
         texts["ss_reg_dataset_dirs"] = compact(_dataset_dirs(reg))
     texts["ss_bucket_info"] = compact(_bucket_info(train_set))
-    texts["loragraft_settings"] = compact({"train": as_dict(config), "dataset": as_dict(data)})
+    texts["loragraft_settings"] = compact({"train": _told(config), "dataset": as_dict(data)})
     return texts
 
 
@@ -154,6 +178,12 @@ def with_workflow(metadata: Mapping[str, str], workflow: str | None) -> dict[str
         return dict(metadata)
     json.loads(workflow)
     return {**metadata, "workflow": workflow}
+
+
+def _told(config: TrainConfig) -> dict[str, object]:
+    """Return the settings without what says something of this machine: a file's folder."""
+    name = Path(config.network_weights).name if config.network_weights else ""
+    return {**as_dict(config), "network_weights": name}
 
 
 def _text(value: object) -> str:

@@ -27,6 +27,11 @@ class Plan:
         """Epochs begun by the end of the run."""
         return math.ceil(self.total_steps / self.steps_per_epoch)
 
+    def micro_batches(self, steps: int) -> int:
+        """Return how many micro-batches the first ``steps`` steps take."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        return epochs * self.batches_per_epoch + rest * self.accumulation
+
 
 def plan_run(train_set: TrainSet, config: TrainConfig) -> Plan:
     """Return the run's arithmetic; epochs, if given, decide the number of steps."""
@@ -56,3 +61,16 @@ def average_loss(micro_losses: list[float], plan: Plan) -> float:
     """Return kohya's avr_loss: the mean over the latest loss at each place of the epoch."""
     latest = micro_losses[-plan.batches_per_epoch :]
     return math.fsum(latest) / len(latest)
+
+
+def save_every_epochs(config: TrainConfig, plan: Plan) -> int | None:
+    """Return after how many epochs the run saves; a ratio of n makes n saves, or more."""
+    if config.save_n_epoch_ratio is None:
+        return config.save_every_n_epochs
+    return max(1, plan.num_epochs // config.save_n_epoch_ratio)
+
+
+def is_due(step: int, every_steps: int | None, every_epochs: int | None, plan: Plan) -> bool:
+    """Say whether what is done every so many steps or epochs is done after ``step``."""
+    by_step = every_steps is not None and step % every_steps == 0
+    return by_step or (every_epochs is not None and step % (every_epochs * plan.steps_per_epoch) == 0)

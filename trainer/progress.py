@@ -8,7 +8,19 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TextIO
 
-from .events import Cached, Event, Failed, Finished, Note, Planned, Sampled, Saved, Step, Validated
+from .events import (
+    Cached,
+    Event,
+    Failed,
+    Finished,
+    Note,
+    Planned,
+    Sampled,
+    Saved,
+    Step,
+    Validated,
+    Validating,
+)
 
 BAR = 24
 
@@ -40,6 +52,8 @@ class ProgressLine:
                 f"encoding {event.what} {event.done}/{event.total} ({event.hits} from the cache)",
                 event.done == event.total,
             )
+        elif isinstance(event, Validating):
+            self.rewrite(f"measuring kept-out images {event.done}/{event.total}", False)
         elif isinstance(event, Step):
             self._recent.append(event.seconds)
             self.rewrite(
@@ -178,8 +192,9 @@ def event_line(event: Event) -> str:
 
 
 def validation_line(event: Validated) -> str:
-    """Return "step 80: validation loss 0.1234 on 5 images"."""
-    return f"step {event.step}: validation loss {event.loss:.4f} on {event.num_images} images"
+    """Return "step 80: validation loss 0.1234 on 5 images, the best save so far"."""
+    best = ", the best save so far" if event.is_best else ""
+    return f"step {event.step}: validation loss {event.loss:.4f} on {event.num_images} images{best}"
 
 
 def step_line(event: Step, seconds: float) -> str:

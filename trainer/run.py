@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from .adapters import lora
+from .adapters import network
+from .adapters.configured import begin, described, preset_of, settings_of, weights_of
 from .adapters.fused import fuse
-from .checkpoint import Checkpoint, RunFolder
-from .config import TrainConfig, denoiser_lr, encoder_lr
+from .adapters.settings import Settings as NetworkSettings
+from .adapters.shares import Moment
+from .checkpoint import Checkpoint, RunFolder, measures_of
+from .config import TrainConfig, token_length
 from .data.batches import Batch, plan_epoch
 from .data.cache import TensorCache
 from .data.train_set import TrainSet
@@ -24,6 +27,7 @@ from .engine.attention import use_attention
 from .engine.attention_choice import Choice, largest_shapes
 from .engine.attention_choice import choose as choose_attention
 from .engine.captured import Captured
+from .engine.distributed import ALONE, Alone
 from .engine.packed_conv import pack_convolutions
 from .engine.precision import Precision, place
 from .engine.small_maps import use_matrix_products
@@ -31,10 +35,18 @@ from .engine.steps import Eager, Engine, Fused, Key, Loss, Rows, Tensors, choose
 from .errors import LoraGraftError, listed, one_line
 from .families.opening import Base
 from .inputs import Fed, Inputs, keeps_text
+from .inputs.unused import check_used
+from .inputs.words import Words
 from .losses import micro_losses
-from .optim import build_optimizer
-from .parts import Parts
+from .optim.average import Average
+from .optim.build import advice, build_optimizer
+from .optim.groups import Group, as_pairs, group_tensors, lr_scale
+from .optim.modes import averaged
+from .optim.state import pack, unpack
+from .origin import Origin
+from .parts import Parts, Target
 from .plan import Plan
+from .trends import Measure
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,10 @@ class Job:
     run_id: str
     words: str
     folder: RunFolder
+    kin: str = ""  # equal for runs that differ in the number of steps alone
+    origin: Origin | None = None  # the run that this one continues
+    hint: str = ""  # what the user should hear of earlier runs
+    world: Alone = ALONE  # the processes that train it together
 
 
 @dataclass
@@ -66,9 +82,10 @@ class Run:
     precision: Precision
     inputs: Inputs
     validation: Inputs | None
-    adapter: lora.Adapter
+    words: Words
+    adapter: network.Adapter
     optimizer: torch.optim.Optimizer
-    group_parts: list[str]  # which part each of the optimizer's groups belongs to
+    group_labels: list[str]  # which part, and of it what, each of the optimizer's groups is
     scaler: torch.amp.GradScaler
     engine: Engine
     attention: str
@@ -78,8 +95,14 @@ class Run:
     step: int = 0
     micro_losses: list[float] = field(default_factory=list)
     is_settled: bool = True
+    micro: int = 0  # the micro-batch of the step that is under way
+    measures: list[Measure] = field(default_factory=list)
+    origin: Checkpoint | None = None  # of the run that this one continues
+    rolled_back: tuple[int, int] | None = None  # the step at which it diverged, and the one it went back to
+    world: Alone = ALONE  # the processes that take its steps together
+    average: Average | None = None  # of the trained tensors, where that is what is used
     _epoch: tuple[int, list[Batch]] = (-1, [])
-    _ahead: tuple[int, list[Fed]] = (-1, [])
+    _ahead: tuple[int, list[Fed | None]] = (-1, [])
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -87,9 +110,14 @@ class Run:
         return parameters_of(self.optimizer)
 
     @property
+    def rate_scale(self) -> float:
+        """A factor on all learning rates: half after the run went back to an earlier state."""
+        return 1.0 if self.rolled_back is None else 0.5
+
+    @property
     def setting(self) -> Key:
         """What runs must have in common to go through the base together, beside the tensors' shapes."""
-        return (self.config.clip_skip, self.inputs.keeps_text)
+        return (self.config.clip_skip, self.inputs.keeps_text, self.config.weighted_captions_keep_mean)
 
     def batches(self, step: int) -> list[Batch]:
         """Return the micro-batches of ``step`` (from 0)."""
@@ -101,15 +129,25 @@ class Run:
             )
         return self._epoch[1][k * self.plan.accumulation : (k + 1) * self.plan.accumulation]
 
-    def feed(self, step: int) -> list[Fed]:
-        """Draw what ``step`` is fed, one entry a micro-batch."""
+    def feed(self, step: int) -> list[Fed | None]:
+        """Draw what ``step`` is fed, one entry a micro-batch: this process's share, None if it is empty."""
         if self._ahead[0] == step:
             return self._ahead[1]
-        fed, sample = [], 0
+        fed: list[Fed | None] = []
+        sample = 0
         for batch in self.batches(step):
-            fed.append(self.inputs.draw(step, sample, batch))
+            first, last = self.world.share(len(batch.indices))
+            part = batch.part(first, last)
+            fed.append(self.inputs.draw(step, sample + first, part) if part.indices else None)
             sample += len(batch.indices)
         return fed
+
+    def part(self) -> tuple[int, int, int] | None:
+        """Return (first, behind the last, number) of this micro-batch's samples; None if all are here."""
+        if self.world.size == 1:
+            return None
+        number = len(self.batches(self.step)[self.micro].indices)
+        return (*self.world.share(number), number)
 
     def draw_ahead(self, step: int) -> None:
         """Draw ``step`` now, while the device is still at work on the one before.
@@ -121,8 +159,12 @@ class Run:
         with suppress(LoraGraftError, OSError):
             fed = self.feed(step)
             if self.precision.device.type == "cuda":  # from pinned memory, copies do not wait
-                fed = [Fed(*(None if x is None else x.pin_memory() for x in one)) for one in fed]  # type: ignore[arg-type]
+                fed = [None if one is None else _pinned(one) for one in fed]
             self._ahead = (step, fed)
+
+
+def _pinned(fed: Fed) -> Fed:
+    return Fed(*(None if x is None else x.pin_memory() for x in fed))  # type: ignore[arg-type]
 
 
 # Settings of the base and the engine that runs side by side share, so these must be equal.
@@ -134,6 +176,7 @@ SHARED = (
     "memory",
     "blocks_to_swap",
     "gradient_checkpointing",
+    "fused_backward_pass",
 )
 
 
@@ -146,30 +189,45 @@ def open_runs(jobs: Sequence[Job], cache: Path, before: Mapping[str, Any]) -> li
     """
     _check_shared(jobs)
     base, precision, config = jobs[0].base, jobs[0].precision, jobs[0].config
-    settings = [_lora_settings(job.config) for job in jobs]
+    starts = [weights_of(job.config) for job in jobs]
+    settings = [settings_of(j.config, base.family.blocks, s) for j, s in zip(jobs, starts, strict=True)]
     parts, lines = _load(jobs, settings)
-    rates = [{"text_encoder": encoder_lr(j.config), "denoiser": denoiser_lr(j.config)} for j in jobs]
     attention, said = _attention(parts, jobs, before)
-    targets = [base.family.targets(parts, convolutions=job.config.conv_dim is not None) for job in jobs]
-    adapters = lora.inject_side_by_side(parts, list(zip(settings, targets, strict=True)))
+    targets = [_targets(base, parts, *pair) for pair in zip((j.config for j in jobs), settings, strict=True)]
+    adapters = network.inject_side_by_side(parts, list(zip(settings, targets, strict=True)))
+    begun = [begin(*each) for each in zip(adapters, (j.config for j in jobs), starts, strict=True)]
+    groups = [
+        group_tensors(job.config, ((m.target, m.tensors) for m in adapter.modules), base.family.blocks)
+        for job, adapter in zip(jobs, adapters, strict=True)
+    ]
+    words = [Words(base, parts, job.train_set, job.config, precision) for job in jobs]
+    for job, own, each in zip(jobs, groups, words, strict=True):
+        if each.vectors:
+            own.append(Group("embedding", job.config.embedding_lr * lr_scale(job.config), each.parameters()))
     optimizers = [
-        build_optimizer(
-            job.config, [(adapter.parameters(part), rate) for part, rate in own.items() if rate > 0]
-        )
-        for job, adapter, own in zip(jobs, adapters, rates, strict=True)
+        build_optimizer(job.config, as_pairs(own)) for job, own in zip(jobs, groups, strict=True)
     ]
     runs: list[Run] = []
     scalers = [precision.scaler() for _ in jobs]
     losses_of = partial(_losses, runs)
-    engine, why = _engine(parts, config, precision, losses_of, optimizers, scalers, adapters)
+    processes = jobs[0].world.size
+    unfused = next((own.unfused for own in settings if own.unfused), "")
+    if words[0].vectors:
+        unfused = unfused or "embeddings of words are trained"
+    engine, why = _engine(
+        parts, config, precision, losses_of, optimizers, scalers, adapters, processes, unfused
+    )
     store = TensorCache(cache)
-    for job, own, adapter, optimizer, scaler, lrs in zip(
-        jobs, settings, adapters, optimizers, scalers, rates, strict=True
+    for job, own, adapter, optimizer, scaler, sorted_tensors, lines_of, trained_words in zip(
+        jobs, settings, adapters, optimizers, scalers, groups, begun, words, strict=True
     ):
         common = (job.config, precision, store, own.text_encoder)
+        advised = advice(job.config, sorted_tensors, base.family.blocks)
         inputs = Inputs(base, parts, job.train_set, *common, job.plan.total_steps)
         kept_out = job.train_set.validation
         validation = Inputs(base, parts, kept_out, *common) if kept_out else None
+        lines_of = [*lines_of, *trained_words.lines(job.config.output_name)]
+        lines_of += check_used(job.train_set, job.config)
         runs.append(
             Run(
                 base,
@@ -180,25 +238,32 @@ def open_runs(jobs: Sequence[Job], cache: Path, before: Mapping[str, Any]) -> li
                 precision,
                 inputs,
                 validation,
+                trained_words,
                 adapter,
                 optimizer,
-                [part for part, lr in lrs.items() if lr > 0],
+                [group.label for group in sorted_tensors],
                 scaler,
                 engine,
                 attention.name,
-                [*lines, why, *said],
+                [*lines, *lines_of, why, *said, *advised, *job.world.lines(job.config.train_batch_size)],
                 job.folder,
                 job.run_id,
+                world=job.world,
+                average=_average(job.config, optimizer),
             )
         )
     return runs
 
 
-def _load(jobs: Sequence[Job], settings: Sequence[lora.Settings]) -> tuple[Parts, list[str]]:
+def _average(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Average | None:
+    return Average(parameters_of(optimizer), config.ema_decay) if config.ema_decay else None
+
+
+def _load(jobs: Sequence[Job], settings: Sequence[NetworkSettings]) -> tuple[Parts, list[str]]:
     """Load the base and bring it to the device in the run's storage; return it and lines for the log."""
     base, precision, config = jobs[0].base, jobs[0].precision, jobs[0].config
     encoded_once = all(
-        keeps_text(data, own.text_encoder)
+        keeps_text(data, own.text_encoder, job.config)
         for job, own in zip(jobs, settings, strict=True)
         for data in (job.train_set, job.train_set.validation)
         if data is not None
@@ -232,18 +297,40 @@ def _check_shared(jobs: Sequence[Job]) -> None:
                 why="they share one base model and one engine.",
                 fix="give these settings the same value in all runs, or train the runs one after the other",
             )
+    for number, job in enumerate(jobs, 1):
+        if job.config.train_embeddings and len(jobs) > 1:
+            raise LoraGraftError(
+                "LG-RUN-010",
+                f"Run {number} trains embeddings and cannot train beside others.",
+                where="train_embeddings",
+                why="a word would mean the same embedding in all runs.",
+                fix="clear train_embeddings, or train the runs one after the other",
+            )
+    _check_networks(jobs)
 
 
-def _lora_settings(config: TrainConfig) -> lora.Settings:
-    return lora.Settings(
-        config.network_dim,
-        config.network_alpha,
-        config.conv_dim,
-        config.conv_alpha or 1.0,
-        config.seed,
-        denoiser=denoiser_lr(config) > 0,
-        text_encoder=encoder_lr(config) > 0,
+def _check_networks(jobs: Sequence[Job]) -> None:
+    """Refuse runs of which one would change its engine, and so its roundings, for another's network."""
+    reasons = [settings_of(job.config, None).unfused for job in jobs]
+    if all(reasons) or not any(reasons) or jobs[0].config.engine == "eager":
+        return
+    plain, other = reasons.index(""), next(number for number, why in enumerate(reasons) if why)
+    raise LoraGraftError(
+        "LG-RUN-010",
+        f"Runs {plain + 1} and {other + 1} cannot train side by side.",
+        where=f"algo, dropout: {reasons[other]}",
+        why="the first of them would run on another engine than it does alone.",
+        fix="set engine to eager in all runs, or train the runs one after the other",
     )
+
+
+def _targets(base: Base, parts: Parts, config: TrainConfig, settings: NetworkSettings) -> list[Target]:
+    """List the modules that a run may train: those of its settings, or with ranks from a file, all."""
+    if settings.given is not None:
+        return base.family.targets(parts, convolutions=True, preset="everything")
+    conv = settings.conv_dim is not None or bool(settings.conv_blocks)
+    preset = preset_of(config)
+    return base.family.targets(parts, convolutions=conv, preset=preset, norms=config.train_norm)
 
 
 def _engine(
@@ -253,14 +340,29 @@ def _engine(
     losses_of: Loss,
     optimizers: Sequence[torch.optim.Optimizer],
     scalers: Sequence[torch.amp.GradScaler],
-    adapters: Sequence[lora.Adapter],
+    adapters: Sequence[network.Adapter],
+    processes: int,
+    unfused: str,
 ) -> tuple[Engine, str]:
-    """Return the engine that the settings and the machine allow, and a line on why it is this one."""
-    name, why = choose(config.engine, precision, optimizers[0])
+    """Return the engine that the settings and the machine allow, and a line on why it is this one.
+
+    ``unfused`` says why a network needs plain modules, if one does.
+    """
+    inside = config.fused_backward_pass
+    if inside and processes > 1:
+        raise LoraGraftError(
+            "LG-CFG-004",
+            "fused_backward_pass is on, but several processes train together.",
+            where="fused_backward_pass",
+            why="their gradients must be added up before a step, and each would be used and gone.",
+            fix="switch fused_backward_pass off, or train in one process",
+        )
+    unfused = unfused or ("the optimizer steps within the backward pass" if inside else "")
+    name, why = choose(config.engine, precision, optimizers, processes, unfused)
     line = f"{name} steps ({why})"
     device, deterministic = precision.device, config.deterministic
     if name == "eager":
-        return Eager(losses_of, optimizers, scalers, device, deterministic), line
+        return Eager(losses_of, optimizers, scalers, device, deterministic, inside), line
     flat, banks = fuse(parts, adapters, precision.dtype)
     fused = Fused(losses_of, optimizers, flat, banks, device, deterministic)
     return (Captured(fused) if name == "captured" else fused), line
@@ -270,8 +372,8 @@ def _attention(parts: Parts, jobs: Sequence[Job], before: Mapping[str, Any]) -> 
     """Choose how the denoiser's attention is computed, put it in, and say so."""
     config, precision, multiple = jobs[0].config, jobs[0].precision, jobs[0].base.family.latent_multiple
     width, height = max((b for job in jobs for b in job.train_set.buckets), key=lambda b: b[0] * b[1])
-    images = sum(job.config.train_batch_size for job in jobs)
-    text = max(int(job.config.max_token_length) for job in jobs) + 2
+    images = sum(job.world.largest(job.config.train_batch_size) for job in jobs)
+    text = max(token_length(job.config) for job in jobs) + 2
     shapes = largest_shapes(parts.denoiser, images, (height // multiple, width // multiple), text)
     choice = choose_attention(
         config.attention,
@@ -290,38 +392,99 @@ def _losses(runs: Sequence[Run], rows: Rows, tensors: Tensors) -> torch.Tensor:
     """Return the mean loss of each run's slice, (len(rows),); ``tensors`` are a `Fed`'s, joined."""
     active = [runs[row] for row in rows]
     active[0].adapter.rows.active = rows
+    samples = cast(torch.Tensor, tensors[0]).shape[0] // len(rows)
+    active[0].adapter.rows.moments = {
+        row: Moment(run.config.seed, run.step, run.micro, run.part(), samples)
+        for row, run in zip(rows, active, strict=True)
+    }
     return micro_losses(active[0].parts, active[0].inputs, [run.config for run in active], tensors)
+
+
+@contextmanager
+def as_used(run: Run) -> Iterator[None]:
+    """Have the adapter as it will be used while the block runs: its own run's alone, nothing of it varied."""
+    run.adapter.select()
+    if run.average is None:
+        with averaged(run.optimizer):
+            yield
+        return
+    try:
+        with run.average.in_place():
+            run.engine.refresh(run.adapter.row)  # its copy in the dtype of the arithmetic
+            yield
+    finally:
+        run.engine.refresh(run.adapter.row)
 
 
 def training_state(run: Run) -> dict[str, torch.Tensor]:
     """Return all that a continued run needs: adapter and optimizer state in full precision, losses."""
     tensors = {f"adapter.{k}": v for k, v in run.adapter.state_dict().items()}
-    for i, parameter in enumerate(run.parameters):
-        for key, value in run.optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{i}.{key}"] = torch.as_tensor(value).detach().cpu()
+    tensors.update(run.words.state())
+    tensors.update(pack(run.optimizer))
+    if run.average is not None:
+        tensors.update(run.average.state())
     tensors["micro_losses"] = torch.tensor(run.micro_losses, dtype=torch.float32)
     return tensors
+
+
+def training_facts(run: Run) -> dict[str, Any]:
+    """Return what `training_state` needs beside tensors, as JSON holds it; empty for most runs."""
+    facts: dict[str, Any] = {}
+    if run.scaler.is_enabled():
+        facts["scaler"] = run.scaler.state_dict()
+    if run.measures:
+        facts["measures"] = [list(measure) for measure in run.measures]
+    if run.rolled_back is not None:
+        facts["rolled_back"] = list(run.rolled_back)
+    return facts
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Put the run back to where ``checkpoint`` was written; raises LG-RUN-007 if it does not fit."""
     try:
-        tensors, info = checkpoint.tensors(), checkpoint.info()
-        run.adapter.load_state_dict(
-            {k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")}
-        )
-        for i, parameter in enumerate(run.parameters):
-            prefix = f"optimizer.{i}."
-            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            if state:  # a parameter that no gradient reached has none
-                run.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
-        if run.scaler.is_enabled():
-            run.scaler.load_state_dict(info["scaler"])
-        run.engine.reload(run.adapter.row)
-        run.micro_losses = tensors["micro_losses"].tolist()
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        put_back(run, checkpoint.step, checkpoint.tensors(), checkpoint.info())
+    except (
+        *(SafetensorError, KeyError, TypeError, ValueError, IndexError),
+        *(RuntimeError, AttributeError, OverflowError),
+    ) as error:
         raise unfit(checkpoint, one_line(str(error), 200)) from error
-    run.step = checkpoint.step
+
+
+def put_back(run: Run, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+    """Put the run back to ``step``, of which `training_state` and `training_facts` were kept."""
+    run.adapter.load_state_dict(
+        {k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")}
+    )
+    run.words.load(tensors)
+    unpack(run.optimizer, tensors)
+    if run.average is not None:
+        run.average.load(tensors)
+    if run.scaler.is_enabled():
+        run.scaler.load_state_dict(facts["scaler"])
+    run.engine.reload(run.adapter.row)
+    run.micro_losses = tensors["micro_losses"].tolist()
+    if len(run.micro_losses) != run.plan.micro_batches(step):
+        raise ValueError("it took other batches")
+    run.measures = measures_of(facts)
+    went_back = facts.get("rolled_back")
+    run.rolled_back = None if went_back is None else (int(went_back[0]), int(went_back[1]))
+    run.step = step
+
+
+def share_state(run: Run) -> None:
+    """Bring the run to where the process that writes has it, in every other process."""
+    told = run.world.spread(lambda: (training_state(run), {**training_facts(run), "step": run.step}))
+    if told is not None:
+        put_back(run, int(told[1]["step"]), *told)
+
+
+def average_line(config: TrainConfig, tensors: Sequence[torch.Tensor]) -> str:
+    """Say that an average is kept, and what it takes."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return (
+        f"an average of the weights is saved, drawn and validated (ema_decay {config.ema_decay:g}); it takes "
+        f"{size / 2**20:.1f} MiB more"
+    )
 
 
 def unfit(checkpoint: Checkpoint, why: str) -> LoraGraftError:
@@ -340,6 +503,7 @@ def planned_lines(run: Run, resumed: Checkpoint | None, runs: int = 1) -> list[s
     config, plan = run.config, run.plan
     records, modules = run.train_set.records, run.adapter.modules
     in_denoiser = sum(m.target.part == "denoiser" for m in modules)
+    name, ranks = described(config)
     text = "kept once encoded" if run.inputs.keeps_text else "encoded at every step"
     return [
         *run.train_set.lines,
@@ -347,12 +511,12 @@ def planned_lines(run: Run, resumed: Checkpoint | None, runs: int = 1) -> list[s
         f"{plan.batches_per_epoch} batches per epoch of up to {config.train_batch_size}, "
         f"{plan.accumulation} per step: {plan.steps_per_epoch} steps per epoch, "
         f"{plan.total_steps} steps in {plan.num_epochs} epochs",
-        f"LoRA on {in_denoiser} denoiser and {len(modules) - in_denoiser} text encoder modules, "
-        f"rank {config.network_dim}, alpha {config.network_alpha:g}, "
+        f"{name} on {in_denoiser} denoiser and {len(modules) - in_denoiser} text encoder modules, {ranks}"
         f"{sum(p.numel() for p in run.parameters):,} parameters",
         f"base {run.base.family.name} {run.base.weights_hash}",
         f"{run.precision.name} on {run.precision.device}, captions {text}",
         *run.how,
+        *([] if run.average is None else [average_line(run.config, run.parameters)]),
         *([f"one of {runs} runs side by side"] if runs > 1 else []),
         f"continues at step {resumed.step} with its optimizer state" if resumed else "starts at step 0",
     ]

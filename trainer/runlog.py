@@ -12,7 +12,8 @@ from typing import Any
 
 from .config import TrainConfig, as_dict
 from .data.train_set import TrainSet
-from .events import Step
+from .errors import LoraGraftError
+from .events import Step, Validated
 from .families.opening import Base
 from .safefile import write_text
 
@@ -25,19 +26,24 @@ def write_settings(folder: Path, train_set: TrainSet, config: TrainConfig, base:
 
 
 class RunLog:
-    """log.jsonl (every step) and log.log (for reading); a continued run drops steps to be retaken."""
+    """log.jsonl (every step), validation.jsonl (every validation), log.log (for reading), TensorBoard.
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        self.folder = folder
-        self._steps = folder / "log.jsonl"
-        if self._steps.exists():
-            kept = [
-                line
-                for line in self._steps.read_text(encoding="utf-8").splitlines()
-                if _step_of(line) <= first_step
-            ]
-            write_text(self._steps, "".join(line + "\n" for line in kept))
-        self._board = _tensorboard(folder / "tensorboard", first_step)
+    A continued run drops what is to be done again.
+    """
+
+    def __init__(self, folder: Path, first_step: int, last_measured: int, log_with: str = "auto") -> None:
+        self.folder, self._with = folder, log_with
+        self._steps, self._validations = folder / "log.jsonl", folder / "validation.jsonl"
+        self._board: Any = None
+        self._cut(first_step, last_measured)
+
+    def _cut(self, last_step: int, last_measured: int) -> None:
+        for file, last in ((self._steps, last_step), (self._validations, last_measured)):
+            if file.exists():
+                lines = file.read_text(encoding="utf-8").splitlines()
+                write_text(file, "".join(line + "\n" for line in lines if _step_of(line) <= last))
+        if self._with != "none":
+            self._board = _tensorboard(self.folder / "tensorboard", last_step)
 
     def __enter__(self) -> RunLog:
         self._jsonl = self._steps.open("a", encoding="utf-8")
@@ -54,6 +60,14 @@ class RunLog:
         if self._board is not None:
             self._board.close()
 
+    def rewind(self, last_step: int, last_measured: int) -> None:
+        """Forget what came after: the run went back."""
+        self._jsonl.close()
+        if self._board is not None:
+            self._board.close()
+        self._cut(last_step, last_measured)
+        self._jsonl = self._steps.open("a", encoding="utf-8")
+
     def step(self, event: Step) -> None:
         """Record one step."""
         finite = {k: None if _is_infinite(v) else v for k, v in dataclasses.asdict(event).items()}
@@ -68,10 +82,33 @@ class RunLog:
             for part, rate in event.learning_rates.items():
                 self._board.add_scalar(f"lr/{part}", rate, event.step)
 
+    def validated(self, event: Validated) -> None:
+        """Record one validation, image by image."""
+        entry = {"step": event.step, "loss": event.loss, "images": dict(event.images)}
+        with self._validations.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        if self._board is not None:
+            self._board.add_scalar("loss/validation", event.loss, event.step)
+
     def lines(self, lines: Iterable[str]) -> None:
         """Record lines for reading."""
         self._log.writelines(line + "\n" for line in lines)
         self._log.flush()
+
+
+def check_logger(log_with: str) -> None:
+    """Raise LG-RUN-013 where TensorBoard is asked for and not installed."""
+    if log_with == "tensorboard":
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+        except ImportError:
+            raise LoraGraftError(
+                "LG-RUN-013",
+                "TensorBoard files are asked for, and tensorboard is not installed.",
+                where="log_with: tensorboard",
+                why="nothing could write them.",
+                fix="pip install tensorboard, or set log_with to auto: log.jsonl holds the same figures",
+            ) from None
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:

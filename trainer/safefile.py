@@ -81,7 +81,7 @@ def write_text(path: Path, text: str) -> None:
 def write_atomically(path: Path, body: Callable[[IO[bytes]], object]) -> None:
     """Let ``body`` write a temporary file beside ``path``, sync it to disk, then rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name[:100]}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary = path.with_name(f"{temporary_start(path.name)}{uuid.uuid4().hex[:8]}")
     try:
         with temporary.open("xb") as file:
             body(file)
@@ -93,6 +93,11 @@ def write_atomically(path: Path, body: Callable[[IO[bytes]], object]) -> None:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def temporary_start(name: str) -> str:
+    """Return how the name begins under which a file is written; eight hexadecimal digits follow."""
+    return f"{name[:100]}.tmp-"
 
 
 def replace(source: Path, target: Path) -> None:

@@ -6,25 +6,30 @@ import gc
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 
 import torch
 
 from . import metadata
+from .assist import assist
 from .checkpoint import Checkpoint, RunFolder, disk_refusal
 from .config import TrainConfig
 from .data.train_set import TrainSet
+from .engine.distributed import ALONE, Alone
 from .engine.planner import advice, is_out_of_memory
 from .engine.precision import pick_device, resolve
 from .engine.steps import Engine, Key, Micro
 from .errors import LoraGraftError, one_line
-from .events import Event, Failed, Finished
+from .events import Event, Failed, Finished, Step
 from .families.opening import Base
 from .fit import Fitted, check, fit
 from .loop import Answer, Lane, Places, Product, lane
-from .optim import depends_on_total
+from .optim.schedules import depends_on_total
+from .origin import AUTO, Origin, auto_origin, named_origin, origin_is_gone
 from .paths import safe_name
-from .plan import plan_run, step_losses
+from .plan import Plan, plan_run, step_losses
 from .run import Job, Run, open_runs, unfit
+from .runlog import check_logger
 
 
 def train(
@@ -36,14 +41,23 @@ def train(
     device: torch.device | str | None = None,
     workflow: str | None = None,
     fresh: bool = False,
+    world: Alone = ALONE,
 ) -> Generator[Event, None, None]:
     """Train a LoRA and publish it; yields events, see trainer.events.
 
     Continues by itself from the newest checkpoint of the same run, and returns a finished run's file at
     once. ``workflow`` is ComfyUI's workflow JSON to keep in the file; ``fresh`` sets an earlier run aside.
+    ``world`` are the processes that take each step together: all call this with equal arguments, and those
+    that do not write yield `Step` events alone.
     """
     events = train_together(
-        base, [(train_set, config)], places=places, device=device, workflow=workflow, fresh=fresh
+        base,
+        [(train_set, config)],
+        places=places,
+        device=device,
+        workflow=workflow,
+        fresh=fresh,
+        world=world,
     )
     with closing(events):
         for _, event in events:
@@ -58,6 +72,7 @@ def train_together(
     device: torch.device | str | None = None,
     workflow: str | None = None,
     fresh: bool = False,
+    world: Alone = ALONE,
 ) -> Generator[tuple[int, Event], None, None]:
     """Train LoRAs side by side on one base; yields (number of the job, its event).
 
@@ -66,22 +81,24 @@ def train_together(
     with `Failed` and the others go on. Closing stops and saves all of them.
     """
     several = len(jobs) > 1
-    opened = [_job(base, *job, places, device) for job in jobs]
+    opened = [_job(base, *job, places, device, world) for job in jobs]
     _check_apart(opened)
+    world.agree(repr([(job.kin, job.plan) for job in opened]))
     with ExitStack() as stack:
         for job in opened:
             stack.callback(job.folder.close)
         products = [Product(job, places, workflow if job.config.embed_workflow else None) for job in opened]
         starts: dict[int, Checkpoint | None] = {}
         for number, product in enumerate(products):
-            done, starts[number] = _open_folder(product, fresh)
+            done, starts[number] = _open_folder(product, fresh) if world.writes else (None, None)
             if done is not None:
                 del starts[number]
                 yield number, done
-        if not starts:
-            return
-        numbers = list(starts)
         before = next((c.info() for c in starts.values() if c is not None), {})
+        numbers, before = world.tell([list(starts), before])
+        if not numbers:
+            world.finish()
+            return
         fitted = Fitted()
         lanes: dict[int, Lane] = {}
         try:
@@ -93,11 +110,17 @@ def train_together(
             stack.callback(lanes.clear)
             stack.callback(runs[0].engine.close)
             for row, number in enumerate(numbers):
-                lanes[row] = lane(products[number], runs[row], starts[number], len(runs))
+                run = runs[row]
+                lanes[row] = (
+                    lane(products[number], run, starts[number], len(runs)) if world.writes else assist(run)
+                )
                 stack.callback(lanes[row].close)
             with closing(_drive(lanes, runs[0].engine, several)) as events:
                 for row, event in events:
                     yield numbers[row], event
+                    if world.writes and not isinstance(event, Step):
+                        world.beat()
+            world.finish()
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise advice(error, fitted.plan) from error
@@ -161,16 +184,68 @@ def _largest(waiting: Mapping[int, Micro]) -> list[int]:
 
 
 def _job(
-    base: Base, train_set: TrainSet, config: TrainConfig, places: Places, device: torch.device | str | None
+    base: Base,
+    train_set: TrainSet,
+    config: TrainConfig,
+    places: Places,
+    device: torch.device | str | None,
+    world: Alone,
 ) -> Job:
+    if not world.writes:
+        config = replace(config, resume="")  # the process that writes tells what is continued
     precision = resolve(config.mixed_precision, pick_device(device))
     plan = plan_run(train_set, config)
+    check_logger(config.log_with)
+    _check_validation(train_set, config)
     warms_up = any(0 < c.token_warmup_step < 1 for c in train_set.configs)
     fixed_total = plan.total_steps if warms_up or depends_on_total(config) else None
     run_id = metadata.run_hash(base, train_set, config, fixed_total, precision.name)
+    kin = metadata.run_hash(base, train_set, config, None, precision.name)
+    origin, hint = _earlier_run(config, places, plan, kin, base, fixed_total is None)
+    if origin is not None:
+        run_id = origin.identity(run_id)
     words = metadata.trigger_words(train_set, config)
     folder = RunFolder(places.runs / f"{safe_name(config.output_name, what='output_name')}-{run_id[:8]}")
-    return Job(base, train_set, config, plan, precision, run_id, words, folder)
+    if folder.path.exists():
+        hint = ""  # it was begun before
+    return Job(base, train_set, config, plan, precision, run_id, words, folder, kin, origin, hint, world)
+
+
+def _check_validation(train_set: TrainSet, config: TrainConfig) -> None:
+    """Refuse settings of a validation where no image is kept out of training."""
+    given = [
+        n
+        for n in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
+        if getattr(config, n)
+    ]
+    if given and train_set.validation is None:
+        raise LoraGraftError(
+            "LG-CFG-004",
+            f"{given[0]} is given, and no image is kept out of training.",
+            where=given[0],
+            why="there is nothing to measure.",
+            fix=f"set validation_split to 0.1 or so, or take {given[0]} away",
+        )
+
+
+def _earlier_run(
+    config: TrainConfig, places: Places, plan: Plan, kin: str, base: Base, continues_by_itself: bool
+) -> tuple[Origin | None, str]:
+    """Return the run that this one continues, and what to say where it could or cannot."""
+    if config.resume not in ("", AUTO):
+        return named_origin(places.runs, config.resume, plan, base.weights_hash), ""
+    if continues_by_itself:
+        return None, ""
+    found = auto_origin(places.runs, kin, plan)
+    if config.resume == AUTO:
+        return found, "" if found else "resume: there is no earlier run of these settings; starts afresh"
+    if found is None or found.checkpoint is None:
+        return None, ""
+    folder = found.checkpoint.folder.parents[1].name
+    return (
+        None,
+        f"{folder} has trained {found.step} steps with these settings; resume: auto would go on from there",
+    )
 
 
 def _check_apart(jobs: Sequence[Job]) -> None:
@@ -203,9 +278,13 @@ def _open_folder(product: Product, fresh: bool) -> tuple[Finished | None, Checkp
         total = job.plan.total_steps
         last = next((c for c in found if c.step == total), None)
         source = next((c for c in reversed(found) if c.resumable and c.step >= total), None)
-        if last is not None and source is not None:
+        is_done = source is not None and (source.step > total or folder.ended_at() >= total)
+        if last is not None and source is not None and is_done:
             losses = step_losses(source.losses(), job.plan)[: last.step]
-            return product.make(last, losses, reused=True), None
-        return None, next((c for c in reversed(found) if c.resumable and c.step < total), None)
+            return product.make(last, losses, source.measures(), reused=True), None
+        newest = next((c for c in reversed(found) if c.resumable and c.step <= total), None)
+        if newest is None and job.origin is not None and job.origin.checkpoint is None:
+            raise origin_is_gone(job.origin)
+        return None, newest
     except OSError as error:
         raise disk_refusal(error, folder.path) from error

@@ -47,6 +47,18 @@
       await app.loadGraphData({ ...graph.serialize(), id: crypto.randomUUID() }, true, true, null);
       return app.rootGraph.nodes.map((n) => n.id);
     },
+    count: (selector) => document.querySelectorAll(selector).length,
+    attribute: (selector, name) => document.querySelector(selector)?.getAttribute(name),
+    texts: (selector) => [...document.querySelectorAll(selector)].map((element) => element.textContent),
+    choose(selector, index, value) {
+      document.querySelectorAll(selector)[index].value = value;
+    },
+    click: (selector) => document.querySelector(selector).click(),
+    value: (id, name) => node(id)?.widgets?.find((w) => w.name === name)?.value,
+    setValue(id, name, value) {
+      node(id).widgets.find((w) => w.name === name).value = value;
+    },
+    names: (id) => node(id).widgets.map((w) => w.name),
     labels: (id) => node(id).widgets.map((w) => [w.name, w.label]),
     /** Move the n-th node into a subgraph; gives the execution ids of the subgraph node and of the node in it. */
     wrap(n) {

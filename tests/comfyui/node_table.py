@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loragraft.nodes import widgets
+from loragraft.nodes import settings_groups, widgets
 
 # For ever: saved workflows name these ids and sockets, and store widget values in this order.
 NODES: dict[str, tuple[str, str, list[str], list[str]]] = {
@@ -45,7 +45,7 @@ NODES: dict[str, tuple[str, str, list[str], list[str]]] = {
         [
             *("model", "clip", "vae", "train_set", *widgets.TRAIN_COMMON),
             *(n for n in widgets.TRAIN_ADVANCED if n not in widgets.TRAIN_LATER),
-            *("existing_run", "attention", "base_storage", "memory", "blocks_to_swap", "sweep"),
+            *("existing_run", "attention", "base_storage", "memory", "blocks_to_swap", "sweep", "settings"),
         ],
         ["LORA_MODEL", "MODEL", "CLIP", "LOSS_MAP", "STRING", "STRING", "LORAGRAFT_CHECKPOINTS"],
     ),
@@ -65,7 +65,7 @@ NODES: dict[str, tuple[str, str, list[str], list[str]]] = {
                 "clip_strengths",
             ),
             *("sampler_name", "scheduler", "steps", "cfg", "width", "height", "batch_size", "save_grid"),
-            *("checkpoints", "max_checkpoints"),
+            *("checkpoints", "max_checkpoints", "wildcards", "trigger_words"),
         ],
         ["IMAGE", "IMAGE"],
     ),
@@ -135,5 +135,74 @@ NODES: dict[str, tuple[str, str, list[str], list[str]]] = {
         "LoraGraft/dataset",
         ["images", "name", "image_format", "dataset", "captions", "masks", "class_tokens"],
         ["LORAGRAFT_DATASET", "STRING"],
+    ),
+    **{
+        group.node_id: (
+            group.title,
+            "LoraGraft/settings",
+            [*([group.choice] if group.choice else []), *group.always, "settings"],
+            ["LORAGRAFT_SETTINGS"],
+        )
+        for group in settings_groups.GROUPS.values()
+    },
+    "LoraGraftKohyaConfig": (
+        "Kohya Config",
+        "LoraGraft/settings",
+        ["config", "settings"],
+        ["LORAGRAFT_SETTINGS", "STRING"],
+    ),
+    "LoraGraftResizeLoRA": (
+        "Resize LoRA",
+        "LoraGraft/tools",
+        [
+            *("lora_name", "output_name", "rank", "method", "parameter"),
+            *("conv_rank", "save_precision", "overwrite"),
+        ],
+        ["STRING", "STRING"],
+    ),
+    "LoraGraftMergeLoRAs": (
+        "Merge LoRAs",
+        "LoraGraft/tools",
+        ["loras", "output_name", "method", "rank", "conv_rank", "save_precision", "overwrite"],
+        ["STRING", "STRING"],
+    ),
+    "LoraGraftMergeIntoCheckpoint": (
+        "Merge into Checkpoint",
+        "LoraGraft/tools",
+        ["checkpoint", "loras", "output_name", "save_precision", "overwrite"],
+        ["STRING", "STRING"],
+    ),
+    "LoraGraftExtractLoRA": (
+        "Extract LoRA",
+        "LoraGraft/tools",
+        [
+            *("original", "tuned", "output_name", "rank", "conv_rank", "clamp_quantile", "min_diff"),
+            *("save_precision", "overwrite"),
+        ],
+        ["STRING", "STRING"],
+    ),
+    "LoraGraftCheckLoRA": (
+        "Check LoRA",
+        "LoraGraft/tools",
+        ["lora_name", "clip_skip"],
+        ["BOOLEAN", "STRING"],
+    ),
+    "LoraGraftLoRAMetadata": (
+        "LoRA Metadata",
+        "LoraGraft/tools",
+        ["lora_name", "changes", "output_name", "thumbnail", "overwrite"],
+        ["STRING", "STRING"],
+    ),
+    "LoraGraftConvertLoRA": (
+        "Convert LoRA",
+        "LoraGraft/tools",
+        ["lora_name", "naming", "output_name", "save_precision", "overwrite"],
+        ["STRING", "STRING"],
+    ),
+    "LoraGraftConvertCheckpoint": (
+        "Convert Checkpoint",
+        "LoraGraft/tools",
+        ["model", "output_name", "vae", "overwrite"],
+        ["STRING"],
     ),
 }

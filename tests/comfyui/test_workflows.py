@@ -11,6 +11,7 @@ import pytest
 
 from loragraft_tests.comfyui import workflows
 from loragraft_tests.comfyui.harness import Comfy
+from loragraft_tests.comfyui.sheet import to_prompt
 
 FOLDER = Path(__file__).resolve().parents[2] / "example_workflows"
 MADE = {
@@ -47,7 +48,7 @@ def test_every_workflow_here_is_known() -> None:
 
 @pytest.mark.parametrize("name", MADE)
 def test_the_workflow_validates(server: Comfy, info: dict[str, Any], name: str) -> None:
-    graph = workflows.to_prompt(read(name), info)
+    graph = to_prompt(read(name), info)
     status, answer = server.post_prompt(graph)
     if name != workflows.SD15_NAME:
         server.interrupt()
@@ -75,7 +76,7 @@ def test_links_and_widgets_are_consistent(info: dict[str, Any]) -> None:
 
 def test_the_demo_workflow_runs(server: Comfy, info: dict[str, Any]) -> None:
     workflow = read(workflows.DEMO_NAME)
-    graph = workflows.to_prompt(workflow, info)
+    graph = to_prompt(workflow, info)
     ids = {n["class_type"]: i for i, n in graph.items()}
     graph[ids["LoraGraftTrainLoRA"]]["inputs"] |= {
         "max_train_steps": 2,
@@ -93,7 +94,7 @@ def test_the_demo_workflow_runs(server: Comfy, info: dict[str, Any]) -> None:
 
 def test_the_sweep_workflow_runs(server: Comfy, info: dict[str, Any]) -> None:
     workflow = read(workflows.SWEEP_NAME)
-    graph = workflows.to_prompt(workflow, info)
+    graph = to_prompt(workflow, info)
     ids = {n["class_type"]: i for i, n in graph.items()}
     graph[ids["LoraGraftTrainLoRA"]]["inputs"] |= {"max_train_steps": 2, "output_name": "workflow_sweep"}
     graph[ids["LoraGraftPreviewWithLoRA"]]["inputs"] |= {"steps": 2}
@@ -108,7 +109,7 @@ def test_the_sweep_workflow_runs(server: Comfy, info: dict[str, Any]) -> None:
 
 def test_the_dataset_workflow_runs(server: Comfy, info: dict[str, Any]) -> None:
     workflow = read(workflows.DATASET_NAME)
-    outputs = server.run(workflows.to_prompt(workflow, info), workflow)
+    outputs = server.run(to_prompt(workflow, info), workflow)
     texts = "\n".join(t for o in outputs.values() for t in o.get("text", []))
     assert "16 images" in texts and "bucket" in texts and "deduplicate" in texts
     pictures = [image for o in outputs.values() for image in o.get("images", [])]
@@ -130,7 +131,7 @@ def test_the_sd15_workflow_runs(server: Comfy, info: dict[str, Any]) -> None:
     for i, colour in enumerate(("red", "green", "blue")):
         Image.new("RGB", (256, 256), colour).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text(f"mycat, {colour}", "utf-8")
-    graph = workflows.to_prompt(read(workflows.SD15_NAME), info)
+    graph = to_prompt(read(workflows.SD15_NAME), info)
     ids = {n["class_type"]: i for i, n in graph.items()}
     graph[ids["CheckpointLoaderSimple"]]["inputs"]["ckpt_name"] = checkpoint.name
     graph[ids["LoraGraftLoadImageFolder"]]["inputs"]["path"] = images.name

@@ -1,7 +1,7 @@
-"""Write the example workflows from what they are about, and read any UI-format workflow as an API prompt.
+"""Write the example workflows from what they are about; those that follow a guide are in ``guides``.
 
 UI-format workflows keep widget values by position. So they are not written by hand: after a change,
-``LORAGRAFT_WRITE_WORKFLOWS=1 pytest tests/comfyui/test_workflows.py`` writes them anew.
+``LORAGRAFT_WRITE_WORKFLOWS=1 pytest tests/comfyui/test_workflows.py -k up_to_date`` writes them anew.
 """
 
 from __future__ import annotations
@@ -10,17 +10,8 @@ from typing import Any
 
 from loragraft.trainer.demo import run as demo_run
 from loragraft.trainer.demo.creatures import HERO_SEED, creature
-from loragraft_tests.comfyui import prompts
+from loragraft_tests.comfyui.sheet import BYPASSED, Info, Sheet, Workflow
 
-Info = dict[str, Any]
-Workflow = dict[str, Any]
-
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-BYPASSED = 4  # LiteGraph's mode of a node that passes its input on
-WITHOUT_WIDGETS = ("MarkdownNote", "Note", "Reroute")
-GROUP_COLORS = ("#3f789e", "#8A8", "#a1309b")
-
-# name: (position, size, group)
 DEMO_NAME = "LoraGraft Demo"
 SD15_NAME = "LoraGraft SD1.5"
 DATASET_NAME = "LoraGraft Dataset"
@@ -83,13 +74,12 @@ Press **Run**: it works on the sample images. Nothing is written but a preview; 
 
 def dataset_workflow(info: Info) -> Workflow:
     """Return the workflow of the dataset steps, on the embedded images."""
-    sheet = _Sheet(info, "8d7b0b52-41f5-4d8c-8d2e-3c1b5a6e9f04", DATASET_NOTE)
+    sheet = _sheet(info, "8d7b0b52-41f5-4d8c-8d2e-3c1b5a6e9f04", DATASET_NOTE)
     images = sheet.add("LoraGraftLoadImageFolder", (40, 560), (300, 230), {"path": "[demo]"})
     found = sheet.add("PreviewAny", (40, 860), (300, 300))
     twins = sheet.add("LoraGraftFindDuplicates", (400, 40), (340, 400))
     crop = sheet.add("LoraGraftCrop", (400, 520), (340, 640), {"mode": "square", "width": 64, "height": 64})
-    tag = sheet.add("LoraGraftWD14Tag", (800, 40), (340, 360))
-    sheet.nodes[tag - 1]["mode"] = BYPASSED
+    tag = sheet.add("LoraGraftWD14Tag", (800, 40), (340, 360), mode=BYPASSED)
     edit = sheet.add(
         "LoraGraftEditCaptions", (800, 460), (340, 260), {"operations": "trigger: zogi\ndeduplicate"}
     )
@@ -131,7 +121,7 @@ def demo_workflow(info: Info) -> Workflow:
         "height": demo_run.DRAWING.size[0],
     }
     note = DEMO_NOTE.format(images="the sample images", trigger=name)
-    sheet = _Sheet(info, "5f3a7c1e-0d2b-4c57-9e61-7a1f0c2d9b10", note)
+    sheet = _sheet(info, "5f3a7c1e-0d2b-4c57-9e61-7a1f0c2d9b10", note)
     base = sheet.add("LoraGraftLoadDemoBase", (40, 500), (300, 90))
     _rest(sheet, base, {"path": "[demo]"}, demo_run.DATASET, train, preview)
     return sheet.workflow()
@@ -158,7 +148,7 @@ def sweep_workflow(info: Info) -> Workflow:
         "width": demo_run.DRAWING.size[1],
         "height": demo_run.DRAWING.size[0],
     }
-    sheet = _Sheet(info, "b1f3d1f0-7a39-4c0e-9c55-64b7f2a9e4d3", SWEEP_NOTE)
+    sheet = _sheet(info, "b1f3d1f0-7a39-4c0e-9c55-64b7f2a9e4d3", SWEEP_NOTE)
     base = sheet.add("LoraGraftLoadDemoBase", (40, 500), (300, 90))
     values = {"sweep": "learning_rate: 3e-4, 3e-3\nnetwork_dim: 4, 32 / network_alpha: 4, 32"}
     sweep = sheet.add("LoraGraftSweep", (400, 1690), (440, 130), values)
@@ -190,7 +180,7 @@ def sd15_workflow(info: Info) -> Workflow:
         "sampler_name": "dpmpp_2m",
         "scheduler": "karras",
     }
-    sheet = _Sheet(info, "c0b1d6f2-6a34-49b8-8b7f-2d94e1a70f55", SD15_NOTE)
+    sheet = _sheet(info, "c0b1d6f2-6a34-49b8-8b7f-2d94e1a70f55", SD15_NOTE)
     base = sheet.add(
         "CheckpointLoaderSimple", (40, 500), (300, 110), {"ckpt_name": "v1-5-pruned-emaonly-fp16.safetensors"}
     )
@@ -205,8 +195,15 @@ def sd15_workflow(info: Info) -> Workflow:
     return sheet.workflow()
 
 
+def _sheet(info: Info, uuid: str, note: str) -> Sheet:
+    """Return a sheet with a note in its upper left corner."""
+    sheet = Sheet(info, uuid)
+    sheet.note(note, (40, 40), (300, 320))
+    return sheet
+
+
 def _rest(
-    sheet: _Sheet,
+    sheet: Sheet,
     base: int,
     folder: dict[str, Any],
     build: dict[str, Any],
@@ -234,150 +231,3 @@ def _rest(
     sheet.group("2  Train", (380, -30, 480, 1870))
     sheet.group("3  Test", (880, -30, 600, 1870))
     return training
-
-
-class _Sheet:
-    """A workflow that grows; node ids are counted from 1."""
-
-    def __init__(self, info: Info, uuid: str, note: str) -> None:
-        self.info, self.uuid = info, uuid
-        self.nodes: list[dict[str, Any]] = []
-        self.links: list[list[Any]] = []
-        self.groups: list[dict[str, Any]] = []
-        self._append("MarkdownNote", (40, 40), (300, 320), [], [], [note])
-
-    def _append(self, kind: str, pos: Any, size: Any, inputs: Any, outputs: Any, values: list[Any]) -> int:
-        number = len(self.nodes) + 1
-        self.nodes.append(
-            {
-                "id": number,
-                "type": kind,
-                "pos": list(pos),
-                "size": list(size),
-                "flags": {},
-                "order": number - 1,
-                "mode": 0,
-                "inputs": inputs,
-                "outputs": outputs,
-                "properties": {"Node name for S&R": kind},
-                "widgets_values": values,
-            }
-        )
-        return number
-
-    def add(self, kind: str, pos: Any, size: Any, values: dict[str, Any] | None = None) -> int:
-        """Add a node; widgets not named keep their defaults."""
-        given = dict(values or {})
-        inputs, widgets = [], []
-        for name, spec in _inputs(self.info[kind]):
-            if _is_widget(spec):
-                if name in given and _kind(spec) == "FLOAT":
-                    given[name] = float(given[name])
-                widgets.append(given.pop(name, _default(spec)))
-                if _options(spec).get("control_after_generate"):
-                    widgets.append("fixed")
-            else:
-                inputs.append({"name": name, "type": spec[0], "link": None})
-        assert not given, f"{kind} has no widget {sorted(given)}"
-        outputs = [
-            {"name": n, "type": t, "links": []}
-            for n, t in zip(self.info[kind]["output_name"], self.info[kind]["output"], strict=True)
-        ]
-        return self._append(kind, pos, size, inputs, outputs, widgets)
-
-    def link(self, source: int, slot: int, target: int, name: str) -> None:
-        """Link an output to an input, or to a widget."""
-        node, output = self.nodes[target - 1], self.nodes[source - 1]["outputs"][slot]
-        number = len(self.links) + 1
-        if not any(i["name"] == name for i in node["inputs"]):
-            spec = dict(_inputs(self.info[node["type"]]))[name]
-            node["inputs"].append({"name": name, "type": spec[0], "widget": {"name": name}, "link": None})
-        place = next(k for k, i in enumerate(node["inputs"]) if i["name"] == name)
-        node["inputs"][place]["link"] = number
-        output["links"].append(number)
-        self.links.append([number, source, slot, target, place, output["type"]])
-
-    def group(self, title: str, box: tuple[int, int, int, int]) -> None:
-        """Frame a part of the sheet."""
-        number = len(self.groups) + 1
-        self.groups.append(
-            {
-                "id": number,
-                "title": title,
-                "bounding": list(box),
-                "color": GROUP_COLORS[number - 1],
-                "font_size": 24,
-                "flags": {},
-            }
-        )
-
-    def workflow(self) -> Workflow:
-        """Return the workflow in UI format."""
-        return {
-            "id": self.uuid,
-            "revision": 0,
-            "last_node_id": len(self.nodes),
-            "last_link_id": len(self.links),
-            "nodes": self.nodes,
-            "links": self.links,
-            "groups": self.groups,
-            "config": {},
-            "extra": {"ds": {"scale": 0.6, "offset": [60, 80]}},
-            "version": 0.4,
-        }
-
-
-def to_prompt(workflow: Workflow, info: Info) -> prompts.Prompt:
-    """Read a UI-format workflow as the API prompt that the browser would queue."""
-    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
-    for node in workflow["nodes"]:
-        if node.get("mode") == BYPASSED:
-            for output in node["outputs"]:
-                through = next((i["link"] for i in node["inputs"] if i["type"] == output["type"]), None)
-                sources |= {link: sources[through] for link in output["links"] if through is not None}
-    graph: prompts.Prompt = {}
-    for node in workflow["nodes"]:
-        if node["type"] in WITHOUT_WIDGETS or node.get("mode") == BYPASSED:
-            continue
-        values = list(node.get("widgets_values", []))
-        linked = {i["name"]: sources[i["link"]] for i in node["inputs"] if i.get("link") is not None}
-        inputs: dict[str, Any] = {}
-        for name, spec in _inputs(info[node["type"]]):
-            if _is_widget(spec):
-                inputs[name] = values.pop(0)
-                if _options(spec).get("control_after_generate"):
-                    assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")
-            if name in linked:
-                inputs[name] = linked[name]
-        assert not values, f"{node['type']} has {len(values)} values too many"
-        graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
-    return graph
-
-
-def _inputs(schema: dict[str, Any]) -> list[tuple[str, Any]]:
-    given = schema["input"]
-    return [(name, spec) for kind in ("required", "optional") for name, spec in given.get(kind, {}).items()]
-
-
-def _options(spec: Any) -> dict[str, Any]:
-    return spec[1] if len(spec) > 1 else {}
-
-
-def _kind(spec: Any) -> str:
-    return "COMBO" if isinstance(spec[0], list) else str(spec[0])
-
-
-def _is_widget(spec: Any) -> bool:
-    return _kind(spec) in WIDGETS and not _options(spec).get("forceInput")
-
-
-def _default(spec: Any) -> Any:
-    options = _options(spec)
-    choices = spec[0] if isinstance(spec[0], list) else options.get("options")
-    if "default" in options:
-        return options["default"]
-    return (
-        choices[0]
-        if choices
-        else {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False, "COMBO": ""}[_kind(spec)]
-    )

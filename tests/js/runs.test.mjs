@@ -125,6 +125,23 @@ test("a page that missed the beginning of a sweep shows what comes", () => {
   assert.equal(run.many.length, 3);
 });
 
+test("validations make a curve with the best save marked, live and from the last payload", () => {
+  const run = apply(newRun(), { kind: "plan", total_steps: 40, first_step: 0 });
+  apply(run, { kind: "validation", step: 10, loss: 0.5, best: true });
+  apply(run, { kind: "validation", step: 20, loss: 0.4, best: true });
+  apply(run, { kind: "validation", step: 30, loss: 0.6, best: false });
+  assert.deepEqual([run.validations, run.best], [[{ x: 10, loss: 0.5 }, { x: 20, loss: 0.4 }, { x: 30, loss: 0.6 }], 20]);
+  apply(run, { kind: "plan", total_steps: 40, first_step: 10 });
+  assert.deepEqual([run.validations, run.best], [[{ x: 10, loss: 0.5 }], 0], "what is trained again is measured again");
+  const alone = finish(newRun(), { file: "a", losses: [[1, 1]], validations: [[10, 0.5], [20, 0.4]], best: 20 });
+  assert.deepEqual([alone.validations.map((v) => v.x), alone.best], [[10, 20], 20]);
+  for (const odd of [null, "x", NaN, {}, [1]]) {
+    apply(run, { kind: "validation", step: odd, loss: odd });
+    finish(newRun(), { file: "a", validations: [odd, [odd, odd]], best: odd });
+  }
+  assert.equal(run.validations.length, 1);
+});
+
 test("stop and failure", () => {
   const run = apply(newRun(), { kind: "step", steps: steps(1, 3) });
   assert.equal(end(run, "stopped").phase, "stopped");

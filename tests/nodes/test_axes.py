@@ -124,3 +124,26 @@ def test_checkpoints_are_spread_with_the_last_among_them() -> None:
     assert [f.label for f in axes.spread(files, 4)] == ["step 0", "step 3", "step 6", "step 9"]
     assert axes.spread(files, 1) == [files[-1]]
     assert axes.spread(files[:3], 4) == files[:3]
+
+
+def test_wildcards_make_columns() -> None:
+    def of(*how: str) -> list[tuple[str, int]]:
+        return [(c.prompt, c.seed) for c in axes.columns("a {x|y}\nb", "1, 2", *how)]
+
+    assert of() == of("off") == [("a {x|y}", 1), ("a {x|y}", 2), ("b", 1), ("b", 2)]
+    assert of("all") == [("a x", 1), ("a x", 2), ("a y", 1), ("a y", 2), ("b", 1), ("b", 2)]
+    picked = of("by seed")
+    assert len(picked) == 4 and {p for p, _ in picked} <= {"a x", "a y", "b"} and picked == of("by seed")
+
+
+def test_prompts_with_trigger_words_get_columns_without_them() -> None:
+    found = axes.columns("zibu, a cat\na dog", "1, 2", "off", "zibu")
+    assert [(c.prompt, c.seed, c.untriggered) for c in found] == [
+        ("zibu, a cat", 1, False),
+        ("zibu, a cat", 2, False),
+        ("a cat", 1, True),
+        ("a cat", 2, True),
+        ("a dog", 1, False),
+        ("a dog", 2, False),
+    ]
+    assert found[2].label == "a cat\nwithout trigger\nseed 1"

@@ -62,6 +62,37 @@ def test_other_events_go_out_at_once_after_the_steps_before_them() -> None:
     assert sent[3]["filename"] == "step-000002-00.png"
 
 
+def test_validations_are_told_as_points_and_words_and_come_back_at_the_end() -> None:
+    told, sent, _ = live()
+    told.take(planned(4))
+    told.take(events.Validating(2, 1, 3))
+    told.take(events.Validated(2, 0.5, 3, (("a.png", 0.5),), True))
+    told.take(events.Validated(4, 0.75, 3))
+    assert [m["kind"] for m in sent] == ["plan", "validation", "note", "validation", "note"]
+    assert (sent[1]["step"], sent[1]["loss"], sent[1]["best"]) == (2, 0.5, True)
+    assert sent[3]["best"] is False
+    assert sent[2]["text"] == "step 2: validation loss 0.5000 on 3 images, the best save so far"
+    plain = events.Finished(Path("x.safetensors"), Path("run"), 4, "", (1.0,) * 4, False, ())
+    assert told.done({0: plain})["validations"] == [(2, 0.5), (4, 0.75)]
+    assert told.done({0: plain})["best"] == 2
+    reused, _, _ = live()
+    known = events.Finished(
+        Path("x.safetensors"), Path("run"), 4, "", (1.0,) * 4, True, (), ((2, 0.5), (4, 0.25)), 4
+    )
+    payload = reused.done({0: known})
+    assert (payload["validations"], payload["best"]) == ([(2, 0.5), (4, 0.25)], 4)
+    without = live()[0].done({0: plain})
+    assert "validations" not in without and "best" not in without
+
+
+def test_a_run_that_went_back_keeps_one_value_a_step() -> None:
+    told, _, _ = live(*RUNS)
+    for n in (1, 2, 3, 2, 3, 4):
+        told.take(step(n, 4), 0)
+    payload = told.done({1: events.Finished(Path("x.safetensors"), Path("r"), 1, "", (1.0,), True, ())})
+    assert [x for x, _ in payload["runs"][0]["losses"]] == [1, 2, 3, 4]
+
+
 def test_caching_is_told_sparsely_but_its_end_always() -> None:
     told, sent, clock = live()
     for n in range(1, 101):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from loragraft.nodes import widgets
+from loragraft.nodes.settings_groups import GROUPS
 from loragraft.trainer.checks import make
 from loragraft.trainer.config import DatasetConfig, TrainConfig, info_of
 from loragraft.trainer.errors import LoraGraftError
@@ -26,13 +27,17 @@ BOTH = (
 )
 
 
+ON_SETTINGS_NODES = [name for group in GROUPS.values() for name in group.names]
+
+
 @pytest.mark.parametrize(("cls", "listed", "common", "advanced", "build"), BOTH)
 class TestTables:
     def test_every_setting_has_one_widget_in_the_right_group(
         self, cls: Any, listed: Any, common: Any, advanced: Any, build: Any
     ) -> None:
         names = [w.name for w in listed()]
-        assert sorted(names) == sorted(f.name for f in dataclasses.fields(cls))
+        elsewhere = set(ON_SETTINGS_NODES) - set(names) if cls is TrainConfig else set()
+        assert sorted([*names, *elsewhere]) == sorted(f.name for f in dataclasses.fields(cls))
         assert names == [*common, *advanced]
         assert {n for n in names if info_of(cls, n).advanced} == set(advanced)
         assert {w.name for w in listed() if w.advanced} == set(advanced)
@@ -47,7 +52,7 @@ class TestTables:
     ) -> None:
         for w in listed():
             info = info_of(cls, w.name)
-            assert w.tooltip == widgets.TOOLTIPS.get(w.name, info.help)
+            assert w.tooltip == widgets.tooltip_of(w.name, info.help)
             assert w.choices == info.choices
             if w.kind in ("int", "float"):
                 low = widgets.EMPTY.get(w.name, info.minimum)
@@ -62,7 +67,8 @@ class TestTables:
         assert optional == {n for n in widgets.EMPTY if n in hints}
         for name in optional:
             assert getattr(build({name: widgets.EMPTY[name]}), name) is None
-            assert str(widgets.EMPTY[name]) in widgets.TOOLTIPS[name], "the tooltip says which value is empty"
+            tooltip = widgets.tooltip_of(name, info_of(cls, name).help)
+            assert str(widgets.EMPTY[name]) in tooltip, "the tooltip says which value is empty"
             minimum = info_of(cls, name).minimum
             assert minimum is not None and (widgets.EMPTY[name] < minimum), "a real value must not mean empty"
 

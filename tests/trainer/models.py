@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from loragraft.trainer.adapters import lora
+from loragraft.trainer.adapters import network
 from loragraft.trainer.families.sd15 import SD15
 from loragraft.trainer.parts import Parts
 from loragraft_tests.trainer import tiny
@@ -55,8 +55,8 @@ def model(rank: int = 4) -> Model:
     for module in (unet, vae, text):
         module.requires_grad_(False)
     parts = Parts(unet, vae, text, None)
-    adapter = lora.inject(
-        parts, lora.Settings(rank, 2.0, None, 1.0, 1), SD15().targets(parts, convolutions=False)
+    adapter = network.inject(
+        parts, network.Settings(rank, 2.0, None, 1.0, 1), SD15().targets(parts, convolutions=False)
     )
     parameters = adapter.parameters("text_encoder") + adapter.parameters("denoiser")
     rng = torch.Generator().manual_seed(3)

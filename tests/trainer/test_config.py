@@ -22,7 +22,7 @@ from loragraft.trainer.config import (
     resolution_wh,
 )
 from loragraft.trainer.errors import LoraGraftError
-from loragraft.trainer.optim import build_optimizer
+from loragraft.trainer.optim.build import build_optimizer
 from loragraft_tests.trainer import runs
 from loragraft_tests.trainer.data_folders import Refusal
 
@@ -39,12 +39,50 @@ def kinds(cls: type, name: str) -> tuple[Any, ...]:
     )
 
 
+# What loss, noise and text settings need beside them.
+LOSS_NEIGHBOURS: dict[str, dict[str, Any]] = {
+    "huber_c": {"loss_type": "huber"},
+    "huber_scale": {"loss_type": "huber", "huber_schedule": "constant"},
+    "adaptive_noise_scale": {"noise_offset": 0.1},
+    "multires_noise_discount": {"multires_noise_iterations": 6},
+    "embedding_lr": {"train_embeddings": ["zibu"]},
+}
+
+
+# What schedules and block weights need beside them; with epochs, the run's length is not known yet.
+LEARNING_NEIGHBOURS: dict[str, dict[str, Any]] = {
+    "lr_warmup_steps": {"lr_scheduler": "cosine", "max_train_epochs": 1},
+    "lr_decay_steps": {"lr_scheduler": "warmup_stable_decay", "max_train_epochs": 1},
+    "lr_scheduler_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
+    "lr_scheduler_power": {"lr_scheduler": "polynomial"},
+    "lr_scheduler_min_lr_ratio": {"lr_scheduler": "cosine_with_min_lr"},
+    "lr_scheduler_timescale": {"lr_scheduler": "inverse_sqrt"},
+    "block_lr_zero_threshold": {"down_lr_weight": "sine"},
+}
+
+
+# What networks, saves and samples need beside them.
+OTHER_NEIGHBOURS: dict[str, dict[str, Any]] = {
+    "conv_alpha": {"conv_dim": 4},
+    "factor": {"algo": "lokr"},
+    "unit": {"algo": "dylora", "network_dim": 1024},
+    "constraint": {"algo": "oft"},
+    "unet_lr": {"optimizer_type": "SGDNesterov"},
+    "text_encoder_lr": {"optimizer_type": "SGDNesterov"},
+    "save_last_n_epochs": {"save_every_n_epochs": 1},
+    "save_last_n_epochs_state": {"save_every_n_epochs": 1},
+    "save_last_n_steps": {"save_every_n_steps": 1},
+    "save_last_n_steps_state": {"save_every_n_steps": 1},
+    "sample_every_n_steps": {"sample_prompts": ["zibu"]},
+    "sample_every_n_epochs": {"sample_prompts": ["zibu"]},
+}
+NEIGHBOURS = {**LOSS_NEIGHBOURS, **LEARNING_NEIGHBOURS, **OTHER_NEIGHBOURS}
+
+
 def neighbours(cls: Any, name: str) -> dict[str, Any]:
     """Return what else must be set for this setting to make sense."""
-    if name == "conv_alpha":
-        return {"conv_dim": 4}
-    if name == "lr_warmup_steps":
-        return {"lr_scheduler": "cosine"}
+    if name in NEIGHBOURS:
+        return NEIGHBOURS[name]
     if cls is DatasetConfig and name == "bucket_reso_steps":
         return {"resolution": 512}
     return {}
@@ -72,10 +110,10 @@ def test_an_unknown_setting_is_refused_with_the_nearest_one(wrong: str, meant: s
         make(cls, {wrong: 1})
 
 
-def test_an_unknown_setting_like_none_is_answered_with_the_known_ones() -> None:
-    with Refusal("LG-CFG-001", "qqqq", "resolution", "keep_tokens"):
+def test_an_unknown_setting_like_none_is_answered_with_where_they_are_listed() -> None:
+    with Refusal("LG-CFG-001", "qqqq", "--help"):
         make(DatasetConfig, {"qqqq": 1})
-    with Refusal("LG-CFG-001", "qqqq", "resolution", "network_dim"):
+    with Refusal("LG-CFG-001", "qqqq", "--help"):
         make_both({"qqqq": 1})
 
 
@@ -110,6 +148,7 @@ def test_every_limit_is_inside_and_one_beyond_is_outside(cls: Any, name: str) ->
             "min_bucket_reso",
             "max_bucket_reso",
             "learning_rate",
+            "lr_decay_steps",  # 0 is its default, with which the schedule that has it cannot be
         ):
             make(cls, {**around, name: int(limit) if whole else float(limit)})
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from loragraft.trainer import api
-from loragraft.trainer.adapters import lora
+from loragraft.trainer.adapters import network
 from loragraft.trainer.adapters.fused import fuse
 from loragraft.trainer.engine.precision import Precision
 from loragraft.trainer.engine.steps import Eager, Engine, Fused, Micro
@@ -52,7 +52,7 @@ def flux_losses(kind: str) -> list[float]:
     """Train a LoRA on every linear layer of the blocks towards the straight way from noise to data."""
     parts = Parts(flux(), nn.Identity(), nn.Identity(), None)
     targets = targets_of(parts.denoiser)
-    adapter = lora.inject(parts, lora.Settings(4, 4.0, None, 1.0, seed=1), targets)
+    adapter = network.inject(parts, network.Settings(4, 4.0, None, 1.0, seed=1), targets)
     assert len(adapter.modules) == 2 * 14 + 2 * 6
     optimizer = torch.optim.AdamW(adapter.parameters("denoiser"), lr=1e-3, fused=True)
     ids = torch.zeros(LATENTS, 3)

@@ -24,6 +24,9 @@ NODES = (
     *("LoadDemoBase", "LoadImageFolder", "FrameExtract", "ConvertImages", "FindDuplicates", "Crop"),
     *("WD14Tag", "DownloadTagger", "EditCaptions", "SetCaptions", "DatasetToImages", "ImagesToDataset"),
     *("BuildDataset", "LoadDatasetConfig", "ExportDataset", "Sweep", "TrainLoRA", "PreviewWithLoRA"),
+    *("ResizeLoRA", "MergeLoRAs", "MergeIntoCheckpoint", "ExtractLoRA", "CheckLoRA", "LoRAMetadata"),
+    *("ConvertLoRA", "ConvertCheckpoint"),
+    *("Network", "Blocks", "Optimizer", "Schedule", "Loss", "Text", "Saving", "KohyaConfig"),
 )
 TABLES = {"LoraGraftBuildDataset": widgets.dataset_widgets(), "LoraGraftTrainLoRA": widgets.train_widgets()}
 # The frontend reads these as vue-i18n messages, in which they are syntax.

@@ -12,14 +12,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from loragraft.trainer import api
-from loragraft.trainer.adapters import lora
+from loragraft.trainer.adapters import network
+from loragraft.trainer.adapters.attach import attach
 from loragraft.trainer.adapters.files import as_saved, count_zero, read_metadata, read_tensors
+from loragraft.trainer.adapters.layers import LoRAConv, LoRALinear
 from loragraft.trainer.parts import Parts, Target
 from loragraft.trainer.safefile import write_safetensors
 from loragraft_tests.trainer import tiny
 from loragraft_tests.trainer.data_folders import Refusal
 
-SETTINGS = lora.Settings(4, 2.0, conv_dim=3, conv_alpha=1.5, seed=7)
+SETTINGS = network.Settings(4, 2.0, conv_dim=3, conv_alpha=1.5, seed=7)
 
 
 class Toy(nn.Module):
@@ -47,7 +49,7 @@ def parts() -> Parts:
     return Parts(Toy(), nn.Identity(), Toy(), None)
 
 
-def moved(adapter: lora.Adapter) -> lora.Adapter:
+def moved(adapter: network.Adapter) -> network.Adapter:
     """Give every up tensor random values, as training would, in double precision."""
     torch.manual_seed(1)
     for m in adapter.modules:
@@ -56,7 +58,7 @@ def moved(adapter: lora.Adapter) -> lora.Adapter:
     return adapter
 
 
-def delta(m: lora.Adapted) -> torch.Tensor:
+def delta(m: network.Adapted) -> torch.Tensor:
     """Return the change of the weight: alpha/rank * up @ down, written out for convolutions too."""
     down, up = m.low.down.detach(), m.low.up.detach()
     return (m.alpha / m.rank) * torch.einsum("or,r...->o...", up.flatten(1), down)
@@ -76,7 +78,7 @@ def test_a_new_lora_changes_nothing(base: api.Base) -> None:
         return cond, base.family.predict(parts, x, t, cond)
 
     before = outputs()
-    adapter = lora.inject(parts, SETTINGS, base.family.targets(parts, convolutions=True))
+    adapter = network.inject(parts, SETTINGS, base.family.targets(parts, convolutions=True))
     after = outputs()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     moved_ups = [m.low.up.data.fill_(0.1) for m in adapter.modules]
@@ -85,7 +87,7 @@ def test_a_new_lora_changes_nothing(base: api.Base) -> None:
 
 def test_down_starts_within_kaimings_bound_and_up_at_zero(parts: Parts) -> None:
     """kohya's init is kaiming_uniform_(a=sqrt(5)): uniform within 1/sqrt(fan_in)."""
-    adapter = lora.inject(parts, dataclasses.replace(SETTINGS, network_dim=600, conv_dim=600), TARGETS)
+    adapter = network.inject(parts, dataclasses.replace(SETTINGS, network_dim=600, conv_dim=600), TARGETS)
     for m in adapter.modules:
         down = m.low.down.detach()
         reference = torch.empty_like(down)
@@ -101,13 +103,13 @@ def test_down_starts_within_kaimings_bound_and_up_at_zero(parts: Parts) -> None:
 
 
 def test_the_start_of_a_module_depends_on_seed_and_name_alone(parts: Parts) -> None:
-    alone = lora.inject(parts, SETTINGS, TARGETS[3:4]).state_dict()
+    alone = network.inject(parts, SETTINGS, TARGETS[3:4]).state_dict()
     torch.manual_seed(123)
-    again = lora.inject(Parts(Toy(), nn.Identity(), Toy(), None), SETTINGS, TARGETS).state_dict()
+    again = network.inject(Parts(Toy(), nn.Identity(), Toy(), None), SETTINGS, TARGETS).state_dict()
     key = "lora_unet_conv.lora_down.weight"
     assert torch.equal(alone[key], again[key])
     fresh = Parts(Toy(), nn.Identity(), Toy(), None)
-    other = lora.inject(fresh, dataclasses.replace(SETTINGS, seed=8), TARGETS).state_dict()
+    other = network.inject(fresh, dataclasses.replace(SETTINGS, seed=8), TARGETS).state_dict()
     assert not torch.equal(other[key], again[key])
     assert not torch.equal(
         again["lora_unet_linear.lora_down.weight"], again["lora_unet_bare.lora_down.weight"]
@@ -122,7 +124,7 @@ def test_the_forward_pass_is_that_of_the_changed_weight(parts: Parts, name: str)
     x = torch.randn(2, 6, 7, 9, dtype=torch.float64)
     if name in ("linear", "bare"):
         x = x.permute(0, 2, 3, 1)
-    adapter = moved(lora.inject(parts, SETTINGS, TARGETS))
+    adapter = moved(network.inject(parts, SETTINGS, TARGETS))
     (m,) = [m for m in adapter.modules if m.target.path == name]
     module, frozen = m.module, m.module.base
     weight = frozen.weight + delta(m)
@@ -135,20 +137,20 @@ def test_the_forward_pass_is_that_of_the_changed_weight(parts: Parts, name: str)
 
 
 def test_alpha_over_rank_scales_each_group(parts: Parts) -> None:
-    adapter = lora.inject(parts, SETTINGS, TARGETS)
+    adapter = network.inject(parts, SETTINGS, TARGETS)
     scales = {m.target.path: (m.rank, m.alpha, m.low.scale) for m in adapter.modules}
     assert scales == {n: (3, 1.5, 0.5) if n in LARGE else (4, 2.0, 0.5) for n in LAYERS}
     other = Parts(Toy(), nn.Identity(), Toy(), None)
-    adapter = lora.inject(other, dataclasses.replace(SETTINGS, network_alpha=16.0), TARGETS)
+    adapter = network.inject(other, dataclasses.replace(SETTINGS, network_alpha=16.0), TARGETS)
     assert {m.low.scale for m in adapter.modules} == {4.0, 0.5}
 
 
 def test_strength_is_linear_and_zero_is_the_base(parts: Parts) -> None:
     x = torch.randn(3, 6, dtype=torch.float64)
-    adapter = moved(lora.inject(parts, SETTINGS, TARGETS))
+    adapter = moved(network.inject(parts, SETTINGS, TARGETS))
     plain, out = parts.denoiser.linear.base(x), {}
     for strength in (-1.0, 0.0, 0.5, 1.0):
-        lora.set_strength(adapter, strength)
+        network.set_strength(adapter, strength)
         out[strength] = parts.denoiser.linear(x)
     assert torch.equal(out[0.0], plain)
     torch.testing.assert_close(out[1.0] - plain, 2 * (out[0.5] - plain))
@@ -158,7 +160,7 @@ def test_strength_is_linear_and_zero_is_the_base(parts: Parts) -> None:
 def test_gradients_reach_the_lora_and_not_the_base(parts: Parts) -> None:
     for module in (parts.denoiser, parts.text_encoder):
         module.requires_grad_(False)
-    adapter = moved(lora.inject(parts, SETTINGS, TARGETS))
+    adapter = moved(network.inject(parts, SETTINGS, TARGETS))
     x = torch.randn(1, 6, 8, 8, dtype=torch.float64)
     for name in LAYERS:
         layer = getattr(parts.denoiser, name)
@@ -177,9 +179,9 @@ def test_gradients_reach_the_lora_and_not_the_base(parts: Parts) -> None:
 
 def test_removal_restores_every_module(parts: Parts) -> None:
     before = dict(parts.denoiser.named_modules())
-    adapter = lora.inject(parts, SETTINGS, TARGETS)
-    assert all(isinstance(getattr(parts.denoiser, n), (lora.LoRALinear, lora.LoRAConv)) for n in LAYERS)
-    lora.remove(parts, adapter)
+    adapter = network.inject(parts, SETTINGS, TARGETS)
+    assert all(isinstance(getattr(parts.denoiser, n), (LoRALinear, LoRAConv)) for n in LAYERS)
+    network.remove(parts, adapter)
     assert dict(parts.denoiser.named_modules()) == before
 
 
@@ -190,9 +192,8 @@ def test_parts_and_convolutions_can_be_left_out(parts: Parts) -> None:
 
     def trained(**changes: Any) -> set[str]:
         fresh = Parts(Toy(), nn.Identity(), Toy(), None)
-        return {
-            m.target.key for m in lora.inject(fresh, dataclasses.replace(SETTINGS, **changes), both).modules
-        }
+        settings = dataclasses.replace(SETTINGS, **changes)
+        return {m.target.key for m in network.inject(fresh, settings, both).modules}
 
     unet, text = {t.key for t in both[:6]}, {t.key for t in both[6:]}
     assert trained() == unet | text
@@ -208,29 +209,29 @@ def test_a_lora_on_nothing_is_refused(parts: Parts) -> None:
         (dataclasses.replace(SETTINGS, conv_dim=None), TARGETS[3:]),
     ):
         with Refusal("LG-RUN-001", f"{len(targets)} candidates"):
-            lora.inject(parts, settings, targets)
-        assert not any(isinstance(m, (lora.LoRALinear, lora.LoRAConv)) for m in parts.denoiser.modules())
+            network.inject(parts, settings, targets)
+        assert not any(isinstance(m, (LoRALinear, LoRAConv)) for m in parts.denoiser.modules())
 
 
 # ---- as a file ----
 
 
 def test_state_goes_out_and_in_unchanged(parts: Parts) -> None:
-    adapter = lora.inject(parts, SETTINGS, TARGETS)
+    adapter = network.inject(parts, SETTINGS, TARGETS)
     for m in adapter.modules:
         m.low.up.data.normal_()
-    state = {k: v.clone() for k, v in adapter.state_dict().items()}
+    state = {k: v.clone() for k, v in adapter.saved().items()}
     assert len(state) == 3 * len(LAYERS)
     assert all(v.dtype == torch.float32 for v in state.values())
     assert state["lora_unet_conv.alpha"].shape == ()
     assert {k: v.item() for k, v in state.items() if k.endswith("alpha")} == {
         f"lora_unet_{n}.alpha": 1.5 if n in LARGE else 2.0 for n in LAYERS
     }
-    other = lora.inject(
+    other = network.inject(
         Parts(Toy(), nn.Identity(), Toy(), None), dataclasses.replace(SETTINGS, seed=9), TARGETS
     )
     other.load_state_dict(state)
-    assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
+    assert all(torch.equal(v, state[k]) for k, v in other.saved().items())
     del state["lora_unet_conv.lora_up.weight"]
     with pytest.raises(KeyError):
         other.load_state_dict(state)
@@ -238,29 +239,29 @@ def test_state_goes_out_and_in_unchanged(parts: Parts) -> None:
 
 def test_a_saved_lora_is_attached_with_its_own_rank_and_alpha(parts: Parts) -> None:
     x = torch.randn(3, 6)
-    adapter = lora.inject(parts, SETTINGS, TARGETS)
+    adapter = network.inject(parts, SETTINGS, TARGETS)
     for m in adapter.modules:
         m.low.up.data.normal_()
-    saved = adapter.state_dict()
+    saved = adapter.saved()
     expected = parts.denoiser.float().linear(x)
-    lora.remove(parts, adapter)
-    attached = lora.attach(parts, saved, TARGETS)
+    network.remove(parts, adapter)
+    attached = attach(parts, saved, TARGETS)
     torch.testing.assert_close(parts.denoiser.float().linear(x), expected)
     assert [(m.rank, m.alpha) for m in attached.modules] == [(m.rank, m.alpha) for m in adapter.modules]
 
 
 def test_a_lora_of_another_model_is_not_attached_in_part(parts: Parts) -> None:
-    saved = lora.inject(parts, SETTINGS, TARGETS).state_dict()
+    saved = network.inject(parts, SETTINGS, TARGETS).saved()
     fresh = Parts(Toy(), nn.Identity(), Toy(), None)
     cases = {
         "lora_unet_other.lora_up.weight": {**saved, "lora_unet_other.lora_up.weight": torch.zeros(1)},
-        "lora_unet_conv.lora_down.weight": {k: v for k, v in saved.items() if k != "lora_unet_conv.alpha"},
+        "lora_unet_conv.alpha": {k: v for k, v in saved.items() if not k.startswith("lora_unet_conv.lora_d")},
         "lora_unet_linear.lora_up.weight": {**saved, "lora_unet_linear.lora_up.weight": torch.zeros(9, 4)},
     }
     for named, tensors in cases.items():
         with Refusal("LG-SAVE-006", named):
-            lora.attach(fresh, tensors, TARGETS)
-        assert not any(isinstance(m, (lora.LoRALinear, lora.LoRAConv)) for m in fresh.denoiser.modules())
+            attach(fresh, tensors, TARGETS)
+        assert not any(isinstance(m, (LoRALinear, LoRAConv)) for m in fresh.denoiser.modules())
 
 
 @pytest.mark.parametrize(
@@ -307,12 +308,12 @@ def test_diffusers_applies_the_file_as_we_do(base: api.Base, tmp_path: Path, con
 
     ours = base.load()
     targets = base.family.targets(ours, convolutions=conv_dim is not None)
-    adapter = lora.inject(ours, dataclasses.replace(SETTINGS, conv_dim=conv_dim), targets)
+    adapter = network.inject(ours, dataclasses.replace(SETTINGS, conv_dim=conv_dim), targets)
     torch.manual_seed(2)
     for m in adapter.modules:
         m.low.up.data.normal_(std=0.05)
     file = tmp_path / "x.safetensors"
-    write_safetensors(file, as_saved(adapter.state_dict(), "fp16"))
+    write_safetensors(file, as_saved(adapter.saved(), "fp16"))
 
     unet, vae, text = tiny.random_modules()
     unet.load_state_dict(base.load().denoiser.float().state_dict())

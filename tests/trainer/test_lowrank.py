@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from loragraft.trainer import api
-from loragraft.trainer.adapters import lora
+from loragraft.trainer.adapters import network
 from loragraft.trainer.adapters.fused import fuse
 from loragraft.trainer.engine import grouped, lowrank
 from loragraft.trainer.engine.attention import use_attention
@@ -244,7 +244,7 @@ def test_self_attention_of_a_model_is_grouped(base: api.Base) -> None:
     for module in (parts.denoiser, parts.text_encoder):
         module.float()
     targets = base.family.targets(parts, convolutions=False)
-    adapter = lora.inject(parts, lora.Settings(4, 2.0, None, 1.0, seed=0), targets)
+    adapter = network.inject(parts, network.Settings(4, 2.0, None, 1.0, seed=0), targets)
     for m in adapter.modules:
         m.low.up.data.normal_(std=0.1)
     x, t, cond = torch.randn(1, 4, 4, 4), torch.tensor([500]), torch.randn(1, 77, tiny.TEXT)
@@ -267,7 +267,7 @@ def test_self_attention_of_a_model_is_grouped(base: api.Base) -> None:
     for p, grad in zip(adapter.parameters("denoiser"), expected, strict=True):
         assert (flat.gradient(p) - grad).norm() <= 1e-4 * grad.norm() + 1e-6
     assert fewer < products
-    lora.remove(parts, adapter)
+    network.remove(parts, adapter)
     assert not any(hasattr(m, "grouped_qkv") for m in attentions)
 
 

@@ -177,7 +177,7 @@ def full_size() -> tuple[Callable[[tuple[torch.Tensor | None, ...]], torch.Tenso
     """Return SD1.5's U-Net in bf16 with a rank 32 LoRA on the meta device, and its loss."""
     from diffusers import UNet2DConditionModel
 
-    from loragraft.trainer.adapters import lora
+    from loragraft.trainer.adapters import network
     from loragraft.trainer.families.sd15 import SD15
     from loragraft.trainer.parts import Parts
 
@@ -191,8 +191,8 @@ def full_size() -> tuple[Callable[[tuple[torch.Tensor | None, ...]], torch.Tenso
         )
     nn.Module.to(unet.requires_grad_(False), torch.bfloat16)
     parts = Parts(unet, nn.Identity(), nn.Identity(), None)
-    settings = lora.Settings(32, 16.0, None, 1.0, 1, text_encoder=False)
-    lora.inject(parts, settings, SD15().targets(parts, convolutions=False))
+    settings = network.Settings(32, 16.0, None, 1.0, 1, text_encoder=False)
+    network.inject(parts, settings, SD15().targets(parts, convolutions=False))
 
     def loss(tensors: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
         latents, t, cond = tensors

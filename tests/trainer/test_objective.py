@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from loragraft.trainer.objective import NoiseSchedule, diffusion_losses, generator, min_snr_weight
+from loragraft.trainer.objective import (
+    NoiseSchedule,
+    debiased_weight,
+    diffusion_losses,
+    generator,
+    like_noise_prediction,
+    min_snr_weight,
+)
 from loragraft_tests.trainer.data_folders import golden
 
 REFERENCE = golden("snr_weights")
@@ -38,6 +45,22 @@ def test_the_signal_and_its_ratio_equal_the_reference() -> None:
 @pytest.mark.parametrize("gamma", [1, 5])
 def test_min_snr_weights_equal_the_reference(gamma: int) -> None:
     close(min_snr_weight(SCHEDULE.snr(T), gamma), REFERENCE[f"min_snr_{gamma}_eps"], rel=1e-5)
+
+
+def test_the_weights_of_velocities_equal_the_reference() -> None:
+    snr = SCHEDULE.snr(T)
+    close(min_snr_weight(snr, 5, velocity=True), REFERENCE["min_snr_5_v"], rel=1e-5)
+    close(debiased_weight(snr), REFERENCE["debiased_eps"], rel=1e-5)
+    close(debiased_weight(snr, velocity=True), REFERENCE["debiased_v"], rel=1e-5)
+    close(like_noise_prediction(snr), REFERENCE["scale_v_like_noise"], rel=1e-5)
+
+
+def test_the_schedule_that_ends_in_noise_alone_equals_the_reference() -> None:
+    schedule = NoiseSchedule(zero_terminal_snr=True)
+    close(schedule.alphas_cumprod[T], REFERENCE["zero_terminal_snr_alphas_cumprod"], rel=1e-6)
+    assert schedule.alphas_cumprod[-1] == 0
+    assert schedule.alphas_cumprod[0] == pytest.approx(SCHEDULE.alphas_cumprod[0].item(), rel=1e-6)
+    assert bool(torch.isfinite(schedule.sigmas).all())
 
 
 def test_the_schedule_equals_diffusers() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from loragraft.trainer import api
-from loragraft.trainer.adapters import lora
+from loragraft.trainer.adapters import network
 from loragraft.trainer.engine.frozen import FROZEN, freeze
 from loragraft.trainer.engine.precision import Precision, place, resolve, strict, visiting
 from loragraft.trainer.engine.steps import choose
@@ -61,33 +61,42 @@ def test_auto_on_a_cpu_is_fp32() -> None:
 
 @pytest.mark.parametrize(("setting", "name"), [("auto", "fused"), ("fused", "fused"), ("eager", "eager")])
 def test_a_cpu_takes_fused_steps_unless_told_otherwise(setting: str, name: str) -> None:
-    assert choose(setting, resolve("fp32", CPU), adamw())[0] == name
+    assert choose(setting, resolve("fp32", CPU), [adamw()])[0] == name
 
 
 @pytest.mark.parametrize(
     ("precision", "name"), [("bf16", "captured"), ("fp32", "captured"), ("fp16", "eager")]
 )
 def test_a_gpu_takes_captured_steps_unless_a_loss_scaler_decides(precision: str, name: str) -> None:
-    assert choose("auto", Precision(precision, GPU), adamw())[0] == name
-    assert choose("eager", Precision(precision, GPU), adamw())[0] == "eager"
+    assert choose("auto", Precision(precision, GPU), [adamw()])[0] == name
+    assert choose("eager", Precision(precision, GPU), [adamw()])[0] == "eager"
 
 
 def test_captured_steps_are_refused_where_they_cannot_be() -> None:
     with pytest.raises(LoraGraftError) as refused:
-        choose("captured", resolve("fp32", CPU), adamw())
+        choose("captured", resolve("fp32", CPU), [adamw()])
     assert refused.value.code == "LG-RUN-008"
     assert "CUDA graphs" in refused.value.why
 
 
 def test_an_optimizer_that_cannot_be_captured_is_not() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], momentum=0.9, nesterov=True)
+    assert choose("auto", resolve("fp32", GPU), [optimizer])[0] == "fused"
+    with pytest.raises(LoraGraftError) as refused:
+        choose("captured", resolve("fp32", GPU), [optimizer])
+    assert "optimizer" in refused.value.why
+
+
+def test_an_optimizer_that_looks_at_whole_tensors_takes_plain_steps() -> None:
     class Plain(torch.optim.Optimizer):
         def __init__(self) -> None:
             super().__init__([nn.Parameter(torch.zeros(1))], {"lr": 1.0})
 
-    assert choose("auto", resolve("fp32", GPU), Plain())[0] == "fused"
+    name, why = choose("auto", resolve("fp32", CPU), [adamw(), Plain()])
+    assert name == "eager" and "each tensor as a whole" in why
     with pytest.raises(LoraGraftError) as refused:
-        choose("captured", resolve("fp32", GPU), Plain())
-    assert "optimizer" in refused.value.why
+        choose("fused", resolve("fp32", CPU), [Plain()])
+    assert refused.value.code == "LG-RUN-008"
 
 
 def test_strict_mode_leaves_the_process_as_it_was() -> None:
@@ -316,8 +325,8 @@ def gradients(base: api.Base, how: str, seed: int, storage: str = "as_is") -> tu
         context = torch.autocast("cpu", torch.bfloat16)  # type: ignore[assignment]
     else:
         lines = place(parts, resolve(how, CPU), owned=True, storage=storage)
-    settings = lora.Settings(8, 4.0, 8, 4.0, seed, text_encoder=False)
-    adapter = lora.inject(parts, settings, base.family.targets(parts, convolutions=True))
+    settings = network.Settings(8, 4.0, 8, 4.0, seed, text_encoder=False)
+    adapter = network.inject(parts, settings, base.family.targets(parts, convolutions=True))
     trained = adapter.parameters("denoiser")
     rng = torch.Generator().manual_seed(seed)
     for parameter in trained:  # up tensors start at zero, which would hide what down tensors get

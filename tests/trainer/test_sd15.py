@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loragraft.trainer import api
-from loragraft.trainer.adapters import lora
+from loragraft.trainer.adapters import network
 from loragraft.trainer.families import ldm_keys as keys
 from loragraft.trainer.families import opening
 from loragraft.trainer.families.sd15 import SD15, text_config, unet_config, vae_config
@@ -68,13 +68,13 @@ def test_the_lora_of_sd15_has_exactly_the_references_tensors(
     monkeypatch.setattr(torch, "rand", lambda shape, generator: torch.empty(shape, device="meta"))
     expected = GOLDEN_LORA[case]
     targets = SD15().targets(full_size, convolutions=conv is not None)
-    adapter = lora.inject(full_size, lora.Settings(32, 16, conv, 1.0, seed=0), targets)
+    adapter = network.inject(full_size, network.Settings(32, 16, conv, 1.0, seed=0), targets)
     found: dict[str, list[int]] = {}
     for m in adapter.modules:
         found[f"{m.target.key}.alpha"] = []
         found[f"{m.target.key}.lora_down.weight"] = list(m.low.down.shape)
         found[f"{m.target.key}.lora_up.weight"] = list(m.low.up.shape)
-    lora.remove(full_size, adapter)
+    network.remove(full_size, adapter)
     assert found == expected["keys"]
     assert len(found) == expected["num_tensors"]
     assert {m.alpha for m in adapter.modules if m.target.kind == "linear"} == {16.0}

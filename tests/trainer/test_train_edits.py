@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from loragraft.trainer import api, loop, losses
+from loragraft.trainer import api, losses
 from loragraft.trainer.data.batches import Batch
 from loragraft.trainer.data.cache import TensorCache
 from loragraft.trainer.data.train_set import build_train_set
@@ -56,7 +56,7 @@ def record_losses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     real = losses.diffusion_losses
 
     def recording(*args: Any) -> torch.Tensor:
-        seen.append(args)
+        seen.append(args[:4])
         return real(*args)
 
     monkeypatch.setattr(losses, "diffusion_losses", recording)
@@ -179,40 +179,3 @@ def test_regularisation_weights_and_min_snr_multiply(
     for event, (pred, target, weight, _) in zip(runs.of(both, api.Step), seen[half:], strict=True):
         each = (pred - target).square().flatten(1).mean(1)
         assert event.loss == pytest.approx((each * weight).mean().item())
-
-
-# ---- held-out images ----
-
-
-def test_the_validation_loss_is_measured_at_saves_and_teaches_nothing(
-    training: runs.Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny.write_images(tmp_path / "images" / "1_zibu", [(32, 32)] * 6)
-    split = runs.train_set(tmp_path / "images", validation_split=0.34)
-    assert split.validation is not None and len(split.validation.records) == 2
-    options = {"max_train_steps": 6, "save_every_n_steps": 2}
-    events = training.elsewhere("with", train_set=split).events(**options)
-    measured = runs.of(events, api.Validated)
-    assert [(v.step, v.num_images) for v in measured] == [(2, 2), (4, 2), (6, 2)]
-    assert len({v.loss for v in measured}) == 3, "the LoRA changes"
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "validate", lambda run: iter(()))
-        without = training.elsewhere("without", train_set=split).events(**options)
-    assert runs.losses(without) == runs.losses(events)
-    again = training.elsewhere("again", train_set=split).events(**options)
-    assert [v.loss for v in runs.of(again, api.Validated)] == [v.loss for v in measured]
-
-
-def test_the_validation_loss_is_that_of_its_images(training: runs.Training, tmp_path: Path) -> None:
-    """One step at a tiny learning rate leaves the base as it is: the loss is the plain formula's."""
-    tiny.write_images(tmp_path / "images" / "1_zibu", [(32, 32)] * 4)
-    split = runs.train_set(tmp_path / "images", validation_split=0.5)
-    here = training.elsewhere("here", train_set=split)
-    event = runs.only(here.events(max_train_steps=1, learning_rate=1e-12), api.Validated)
-    assert split.validation is not None
-    made = inputs(training.base, split.validation, tmp_path / "cache")
-    fed = made.draw(0, 0, Batch(split.validation.buckets[0], (0, 1), (False, False), (1.0, 1.0)))
-    expected = losses.micro_losses(made.parts, made, [runs.settings()], fed)
-    order = made.draw(0, 0, Batch(split.validation.buckets[0], (1, 0), (False, False), (1.0, 1.0)))
-    other = losses.micro_losses(made.parts, made, [runs.settings()], order)
-    assert event.loss in (pytest.approx(expected.item(), rel=1e-5), pytest.approx(other.item(), rel=1e-5))

@@ -14,12 +14,22 @@ from ..errors import LoraGraftError
 from ..safefile import tensor_bytes
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+FACTORS = (".dora_scale", ".rescale")
 DENOISER_PREFIX = "lora_unet_"
+PREDICTION, VELOCITY = "modelspec.prediction_type", "v"  # where metadata says that a base predicts velocity
+TERMINAL = "ss_zero_terminal_snr"
 
 
 def as_saved(tensors: Mapping[str, torch.Tensor], precision: str) -> dict[str, torch.Tensor]:
-    """Return the tensors in the file's number format; raises LG-SAVE-003 if a value is not finite there."""
-    saved = {name: tensor.to(DTYPES[precision]).contiguous() for name, tensor in tensors.items()}
+    """Return the tensors in the file's number format; raises LG-SAVE-003 if a value is not finite there.
+
+    Factors on whole channels stay float32: near 1, half precision would round them by more than they learn.
+    """
+    dtype = DTYPES[precision]
+    saved = {
+        name: tensor.to(torch.float32 if name.endswith(FACTORS) else dtype).contiguous()
+        for name, tensor in tensors.items()
+    }
     for name, tensor in saved.items():
         if not bool(torch.isfinite(tensor).all()):
             raise LoraGraftError(

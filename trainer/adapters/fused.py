@@ -14,7 +14,9 @@ from ..engine.flat import Flat, Slot
 from ..engine.grouped import Group, linears
 from ..engine.lowrank import Bank
 from ..parts import Parts
-from .lora import Adapter, LoRALinear, LoRAModule, Rows
+from .layers import Layer, LoRALinear
+from .network import Adapter
+from .shares import Rows
 
 
 def fuse(parts: Parts, adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[Flat, list[Bank]]:
@@ -24,7 +26,7 @@ def fuse(parts: Parts, adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple
     trained; their down tensors lie side by side.
     """
     left = dict.fromkeys(m.module for adapter in adapters for m in adapter.modules)
-    units: list[tuple[LoRAModule, ...]] = []
+    units: list[tuple[Layer, ...]] = []
     for _, members in _self_attentions(parts.denoiser):
         if all(m in left for m in members):
             units.append(members)
@@ -32,7 +34,7 @@ def fuse(parts: Parts, adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple
                 del left[m]
     units += [(module,) for module in left]
     tensors: list[list[nn.Parameter | None]] = []
-    places: dict[LoRAModule, tuple[int, int]] = {}
+    places: dict[Layer, tuple[int, int]] = {}
     for unit in units:
         first = len(tensors)
         tensors += [[None if low is None else low.down for low in m.lows] for m in unit]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +65,12 @@ def add_import(steps: Any) -> None:
     command.add_argument("--out", required=True, help="dataset file (.json); settings go beside it (.toml)")
 
 
-def open_train_set(arguments: argparse.Namespace) -> api.TrainSet:
+def open_train_set(
+    arguments: argparse.Namespace, whole_batch: Callable[[int], int] | None = None
+) -> api.TrainSet:
     """Freeze what the flags name: --dataset_config, or --train_data_dir with an optional --reg_data_dir.
 
+    ``whole_batch`` turns a batch size of the config into that of all processes that train together.
     Raises LG-CLI-002, LG-DATA-094, and what reading and freezing raise.
     """
     if arguments.dataset_config and (arguments.train_data_dir or arguments.reg_data_dir):
@@ -78,7 +83,13 @@ def open_train_set(arguments: argparse.Namespace) -> api.TrainSet:
         )
     if arguments.dataset_config:
         settings, _ = read_settings(arguments)
-        return api.freeze_blocks(open_blocks(Path(arguments.dataset_config), arguments, settings))
+        blocks = open_blocks(Path(arguments.dataset_config), arguments, settings)
+        if whole_batch is not None:
+            blocks = [
+                replace(block, batch_size=whole_batch(block.batch_size)) if block.batch_size else block
+                for block in blocks
+            ]
+        return api.freeze_blocks(blocks)
     settings, (path,) = read_settings(arguments, "train_data_dir")
     config, _ = api.make_both(settings, where=str(arguments.config or "command line"))
     dataset = open_dataset(path, arguments)
@@ -94,10 +105,12 @@ def open_blocks(file: Path, arguments: argparse.Namespace, settings: dict[str, A
         if key not in flags:
             api.make_both({key: settings[key]}, where=str(arguments.config))  # refuses it with a suggestion
     data = {key: value for key, value in settings.items() if flags[key][0] is DatasetConfig}
+    data |= getattr(arguments, "subset_defaults", {})
     with Counter("folders") as counter:
         return api.read_blocks(
             file,
             base=data,
+            overrides=getattr(arguments, "overrides", ()),
             on_bad=getattr(arguments, "on_bad", "stop"),
             missing_captions=arguments.missing_captions,
             progress=counter,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--lora", nargs="+", required=True, help="LoRA files, for instance a run's checkpoints"
     )
-    command.add_argument("--prompts", nargs="+", required=True)
+    command.add_argument("--prompts", nargs="+", required=True, help="{a|b} draws with each of both")
+    command.add_argument("--trigger_words", default="", help="prompts with them are drawn without them too")
     command.add_argument("--negative", default="", help="negative prompt")
     command.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
     command.add_argument(
@@ -52,7 +54,7 @@ def preview(arguments: argparse.Namespace) -> int:
     drawn = api.draw(
         base,
         files,
-        prompts=arguments.prompts,
+        prompts=_prompts(arguments.prompts, arguments.trigger_words),
         seeds=arguments.seeds,
         strengths=strengths,
         settings=size,
@@ -71,3 +73,9 @@ def preview(arguments: argparse.Namespace) -> int:
     sheet.save(output)
     print(f"Grid          {output}")
     return 0
+
+
+def _prompts(texts: Sequence[str], trigger: str) -> list[str]:
+    """Return every combination of the prompts' choices, and each without its trigger words as well."""
+    every = [prompt for text in texts for prompt in api.expand_wildcards(text)]
+    return list(dict.fromkeys(p for prompt in every for p in (prompt, api.without_words(prompt, trigger))))

@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import api
 from ..config import DatasetConfig, TrainConfig, info_of
+from ..data.toml_text import toml_lines
 from ..errors import LoraGraftError
 from ..literals import literal
 
@@ -25,12 +26,12 @@ SWEEP = "sweep"  # the table of a config file that holds values to try instead o
 
 
 def read_settings(arguments: argparse.Namespace, *places: str) -> tuple[dict[str, Any], list[str]]:
-    """Merge the config file (tables flattened, as kohya does) and the flags, which win.
+    """Merge what the run starts from, the config file (tables flattened, as kohya does) and the flags.
 
-    Returns the training settings and what was given for ``places`` (keys of PLACES), all of which are
-    needed. Raises LG-CLI-001 and LG-CLI-002.
+    The later wins. Returns the training settings and what was given for ``places`` (keys of PLACES), all
+    of which are needed. Raises LG-CLI-001 and LG-CLI-002.
     """
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = dict(getattr(arguments, "start", {}))
     for key, value in read_config_file(arguments).items():
         if key != SWEEP:
             settings.update(value if isinstance(value, dict) else {key: value})
@@ -74,6 +75,16 @@ def config_flags() -> dict[str, tuple[type, Any]]:
         hints = typing.get_type_hints(cls)
         flags.update({f.name: (cls, hints[f.name]) for f in dataclasses.fields(cls)})
     return flags
+
+
+def settings_text(*configs: DatasetConfig | TrainConfig) -> str:
+    """Return configs as the text of a file for --config: what differs from the defaults."""
+    lines: list[str] = []
+    for config in configs:
+        defaults = api.as_dict(type(config)())
+        changed = {name: value for name, value in api.as_dict(config).items() if value != defaults[name]}
+        lines += toml_lines({name: value for name, value in changed.items() if value is not None})
+    return "\n".join(lines)
 
 
 def add_config_flags(command: argparse.ArgumentParser, *classes: type) -> None:

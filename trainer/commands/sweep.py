@@ -109,7 +109,7 @@ def draw_grid(
     drawn again: its name holds a hash of all it shows.
     """
     config = rows[0][0].config
-    prompts = list(config.sample_prompts) or [train_set.records[0].caption]
+    prompts = [parse_prompt(line).prompt for line in config.sample_prompts] or [train_set.records[0].caption]
     hashes = [api.lora_metadata(file)["sshs_model_hash"] for _, file in rows]
     labels = [run.label for run, _ in rows]
     settings = {run.config.clip_skip: draw_settings(train_set, run.config) for run, _ in rows}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .train_set import Group, Size, TrainSet
 
@@ -23,6 +23,13 @@ class Batch:
     flips: tuple[bool, ...] = ()
     loss_weights: tuple[float, ...] = ()
     epoch: int = 0
+
+    def part(self, first: int, last: int) -> Batch:
+        """Return the images ``first`` to ``last`` - 1 of this batch."""
+        own = slice(first, last)
+        return replace(
+            self, indices=self.indices[own], flips=self.flips[own], loss_weights=self.loss_weights[own]
+        )
 
 
 def plan_epoch(train_set: TrainSet, batch_size: int, seed: int, epoch: int) -> list[Batch]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def read_blocks(
     *,
     base: Mapping[str, Any] | None = None,
     resolve: Callable[[str], Path] | None = None,
+    overrides: Sequence[str] = (),
     on_bad: str = "stop",
     missing_captions: str = "stop",
     seen: Seen | None = None,
@@ -37,7 +38,8 @@ def read_blocks(
     """Read a dataset config: kohya's .toml or .json, or HCP-Diffusion's .yaml.
 
     ``base`` holds settings for what the file leaves out. ``resolve`` is the gate for paths in a file that
-    is not trusted. ``missing_captions`` "empty" trains images without any words instead of refusing them.
+    is not trusted. ``overrides`` change values of a .yaml as HCP-Diffusion's command line does (key=value).
+    ``missing_captions`` "empty" trains images without any words instead of refusing them.
     ``seen`` spares the decoding of images in a state that it knows; ``progress`` is told (folders read,
     folders). Raises LG-DATA-080 to LG-DATA-093.
     """
@@ -50,10 +52,12 @@ def read_blocks(
             why="kohya's configs end in .toml or .json, HCP-Diffusion's in .yaml.",
             fix="give such a file; a folder of images goes into Load Image Folder or --train_data_dir",
         )
+    changes: dict[str, Any] = {"overrides": overrides} if reader is read_hcp else {}
     return reader(
         file,
         base=base,
         resolve=resolve,
+        **changes,
         on_bad=on_bad,
         missing_captions=missing_captions,
         seen=seen,

@@ -50,17 +50,17 @@ def read_dataset_config(
 ) -> list[Block]:
     """Read a kohya dataset config and scan its folders.
 
-    ``base`` holds settings that count where the file says nothing. ``resolve`` turns a path in the file
-    into one that may be read (a gate raises); without it, relative paths start at the working folder as
-    in kohya's trainer, or else beside the file. Raises LG-DATA-080 to LG-DATA-085, LG-DATA-006 and what
-    scanning a folder raises; every unusable folder is named at once.
+    ``base`` holds settings that count where the file says nothing, also a subset's. ``resolve`` turns a
+    path in the file into one that may be read (a gate raises); without it, relative paths start at the
+    working folder as in kohya's trainer, or else beside the file. Raises LG-DATA-080 to LG-DATA-085,
+    LG-DATA-006 and what scanning a folder raises; every unusable folder is named at once.
     """
     config = parse_config(file)
     name = shown(file.name)
     check_config(config, name)
     general = config.get("general", {})
     blocks: list[Block] = []
-    wanted = _subsets(config, file, resolve)
+    wanted = _subsets(config, file, resolve, base or {})
     scanned = _scan_all(wanted, name, on_bad, missing_captions, seen, progress)
     for i, dataset in enumerate(config["datasets"]):
         group = _group_config(dataset, general, base or {}, f"{name}: datasets[{i}]")
@@ -117,8 +117,8 @@ def _group_config(
     dataset: Mapping[str, Any], general: Mapping[str, Any], base: Mapping[str, Any], where: str
 ) -> DatasetConfig:
     """Return the settings of one [[datasets]] table: its own, then [general]'s, then the caller's."""
-    values: dict[str, Any] = {**KOHYA_DEFAULTS, **base}
-    for table in (general, dataset):
+    values: dict[str, Any] = {**KOHYA_DEFAULTS}
+    for table in (base, general, dataset):
         values |= {k: v for k, v in table.items() if k in SETTINGS}
     if "resolution" not in values:
         raise LoraGraftError(
@@ -132,7 +132,7 @@ def _group_config(
 
 
 def _subsets(
-    config: Mapping[str, Any], file: Path, resolve: Resolve | None
+    config: Mapping[str, Any], file: Path, resolve: Resolve | None, base: Mapping[str, Any]
 ) -> list[list[tuple[str, Subset]]]:
     """Return each dataset's subsets with where they stand; raises LG-DATA-085 for a folder named twice."""
     general = config.get("general", {})
@@ -148,7 +148,7 @@ def _subsets(
             if folder in seen:
                 twice.append(f"{place} {shown(raw['image_dir'])}")
             seen.add(folder)
-            given = {key: _looked_up(key, chain, {key: None}) for key in SUBSET_KEYS}
+            given = {key: _looked_up(key, chain, {key: base.get(key)}) for key in SUBSET_KEYS}
             metadata = raw.get("metadata_file")
             table = None if metadata is None else named_path(metadata, file, resolve)
             row.append((place, _subset(folder, raw, given, table)))

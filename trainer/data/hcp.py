@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def read_hcp(
     *,
     base: Mapping[str, Any] | None = None,
     resolve: Resolve | None = None,
+    overrides: Sequence[str] = (),
     on_bad: str = "stop",
     missing_captions: str = "stop",
     seen: Seen | None = None,
@@ -62,10 +63,11 @@ def read_hcp(
     """Read the ``data`` block of an HCP-Diffusion training file and scan its folders.
 
     ``base`` holds settings that count where the file says nothing; ``resolve`` is the gate for its paths
-    (without it they start at the working folder, or else beside the file). An image without a caption
+    (without it they start at the working folder, or else beside the file); ``overrides`` change values as
+    key=value. An image without a caption
     gets the template without one. Raises LG-DATA-080 to LG-DATA-084, -089, -092 and what scanning raises.
     """
-    values, shipped = parse_hcp(file, trusted=resolve is None)
+    values, shipped = parse_hcp(file, trusted=resolve is None, overrides=overrides)
     name = shown(file.name)
     faults = Faults(name)
     data = values.get("data")

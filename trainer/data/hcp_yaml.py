@@ -24,14 +24,19 @@ REFERENCE = re.compile(r"\$\{\s*(\.*)([\w.\[\]]+)\s*\}")
 SHIPPED = "cfgs/"
 
 
-def parse_hcp(file: Path, *, trusted: bool = True) -> tuple[dict[str, Any], list[str]]:
+def parse_hcp(
+    file: Path, *, trusted: bool = True, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
     """Return the file's values with its base files below them, and the base files that are HCP's own.
 
+    ``overrides`` change values as its command line does: train.train_epochs=10.
     Unless ``trusted``, base files are read only below the file's own folder. Raises LG-DATA-084 (not
     readable) and LG-DATA-089 (a sum that cannot be computed).
     """
     shipped: list[str] = []
     values = _with_bases(file, shipped, (), trusted)
+    for override in overrides:
+        _override(values, override)
     return _resolved(values, values, (), shown(file.name), 0), shipped
 
 
@@ -95,6 +100,38 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
         else:
             result[key] = value
     return result
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set the value that KEY=VALUE names, with dots between the tables and numbers for places of lists."""
+    import yaml
+
+    path, equals, text = override.partition("=")
+    keys = [part for part in path.strip().split(".") if part]
+    try:
+        if not equals or not keys or len(text) > MAX_BYTES:
+            raise ValueError("it is not of the form KEY=VALUE")
+        value = yaml.safe_load(text)
+        table: Any = values
+        for key in keys[:-1]:
+            if isinstance(table, list):
+                table = table[int(key)]
+            else:
+                table[key] = table = table.get(key) or {}
+        if isinstance(table, list):
+            table[int(keys[-1])] = value
+        elif isinstance(table, dict):
+            table[keys[-1]] = value
+        else:
+            raise ValueError(f"{shown(path, 60)} lies within a value")
+    except (ValueError, IndexError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise LoraGraftError(
+            "LG-DATA-084",
+            f"The change {shown(override, 60)} cannot be made.",
+            where=shown(override),
+            why=one_line(f"{error}.", 400),
+            fix="write for instance train.train_epochs=10",
+        ) from None
 
 
 # ---- references and sums ----

@@ -87,6 +87,10 @@ class Captured:
         """See `steps.Engine`."""
         self.fused.reload(row)
 
+    def refresh(self, row: int) -> None:
+        """See `steps.Engine`."""
+        self.fused.refresh(row)
+
     def close(self) -> None:
         """See `steps.Engine`: drop the graphs."""
         self._graphs.clear()
@@ -110,7 +114,7 @@ class Captured:
         self._failed = reason
         self.notes.append(f"Some steps are not captured, they run one kernel after the other: {reason}")
 
-    def _captured(self, rows: Rows, counts: Sequence[int], tensors: Tensors) -> _Graph | None:
+    def _captured(self, rows: Rows, counts: Sequence[float], tensors: Tensors) -> _Graph | None:
         """Capture one set of shapes; None where it fails or computes something else."""
         if self._failed is not None:
             return None

@@ -93,6 +93,17 @@ class Flat:
                     yield slot, row, param
 
 
+def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
+    """Say whether the optimizer computes over one long tensor what it computes over many short ones.
+
+    Of torch's own these are known; others say so by an attribute ``elementwise`` of their class. SGD treats a
+    tensor's first step otherwise where its momentum is dampened.
+    """
+    if type(optimizer) is torch.optim.SGD:
+        return all(not group["dampening"] for group in optimizer.param_groups)
+    return type(optimizer) is torch.optim.AdamW or getattr(type(optimizer), "elementwise", False) is True
+
+
 class FlatOptimizer:
     """An elementwise optimizer's arithmetic on one row of a `Flat`; its state stays readable per parameter.
 
@@ -126,6 +137,10 @@ class FlatOptimizer:
     def is_settled(self, reached: frozenset[int]) -> bool:
         """Say whether another step changes values only: the first one also makes the optimizer's state."""
         return self._inner is not None and reached == self._reached
+
+    def forget(self) -> None:
+        """Begin anew with the state that now stands in the optimizer: it was replaced from outside."""
+        self._inner, self._segments, self._is_shown = None, [], False
 
     def _build(self, reached: frozenset[int]) -> torch.optim.Optimizer:
         """Return the optimizer over as few tensors as there are runs of neighbours treated alike."""

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ..errors import LoraGraftError
-from .flat import Flat, FlatOptimizer
+from .flat import Flat, FlatOptimizer, is_elementwise
+from .inside import StepInBackward
 from .lowrank import Bank
 from .precision import Precision, strict
 
@@ -28,14 +29,16 @@ Key = tuple[object, ...]
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch of the run ``row``, one of ``count`` of its step; the tensors are on the CPU.
+    """A micro-batch of the run ``row``; the tensors are on the CPU.
 
-    ``setting`` holds whatever else must be equal where runs share a pass.
+    Its loss is divided by ``count`` before it adds to the gradients: the number of micro-batches in its step,
+    times what `distributed` says where other processes have shares of it. ``setting`` holds whatever else
+    must be equal where runs share a pass.
     """
 
     row: int
     tensors: Tensors
-    count: int
+    count: float
     setting: Key = ()
 
     @property
@@ -58,14 +61,20 @@ class Engine(Protocol):
         """Clip, take the optimizer's step, clear the gradients of one run; return their norm before."""
 
     def reload(self, row: int) -> None:
-        """Take over what was written into a run's parameters from outside."""
+        """Take over what was written into a run's parameters and its optimizer's state from outside."""
+
+    def refresh(self, row: int) -> None:
+        """Take over what was written into a run's parameters alone."""
 
     def close(self) -> None:
         """Free what the engine holds on the device."""
 
 
 class Eager:
-    """One kernel launch after the other, as PyTorch does by itself: the reference for the others."""
+    """One kernel launch after the other, as PyTorch does by itself: the reference for the others.
+
+    With ``inside``, each tensor takes its optimizer step as soon as its gradient is there.
+    """
 
     name = "eager"
 
@@ -76,10 +85,12 @@ class Eager:
         scalers: Sequence[torch.amp.GradScaler],
         device: torch.device,
         deterministic: bool,
+        inside: bool = False,
     ) -> None:
         self.loss_of, self.optimizers, self.scalers = loss_of, optimizers, scalers
         self.device, self.deterministic = device, deterministic
         self.notes: list[str] = []
+        self.inside = [StepInBackward(optimizer) for optimizer in optimizers] if inside else []
 
     def backward(self, micros: Sequence[Micro]) -> list[torch.Tensor]:
         """See `Engine`; each run goes alone."""
@@ -93,6 +104,8 @@ class Eager:
 
     def update(self, row: int, max_norm: float) -> torch.Tensor:
         """See `Engine`; with a loss scaler, a step whose gradients overflowed is left out."""
+        if self.inside:
+            return self.inside[row].taken()
         optimizer, scaler = self.optimizers[row], self.scalers[row]
         with strict(self.deterministic):
             scaler.unscale_(optimizer)
@@ -103,6 +116,9 @@ class Eager:
         return norm
 
     def reload(self, row: int) -> None:
+        """See `Engine`: there is no other copy."""
+
+    def refresh(self, row: int) -> None:
         """See `Engine`: there is no other copy."""
 
     def close(self) -> None:
@@ -137,7 +153,7 @@ class Fused:
         tensors = on_device(self.device, together(micros))
         return list(self.run(rows_of(micros), [m.count for m in micros], tensors).unbind())
 
-    def run(self, rows: Rows, counts: Sequence[int], tensors: Tensors) -> torch.Tensor:
+    def run(self, rows: Rows, counts: Sequence[float], tensors: Tensors) -> torch.Tensor:
         """Compute losses (N,) and add the gradients; nothing is read on the host."""
         with strict(self.deterministic):
             losses = self.loss_of(rows, tensors)
@@ -152,6 +168,11 @@ class Fused:
             return self.optimizers[row].step(max_norm, self.reached(row))
 
     def reload(self, row: int) -> None:
+        """See `Engine`: the working copy, and the optimizer's state."""
+        self.flat.refresh(row)
+        self.optimizers[row].forget()
+
+    def refresh(self, row: int) -> None:
         """See `Engine`: the working copy."""
         self.flat.refresh(row)
 
@@ -203,11 +224,16 @@ CAPTURABLE: tuple[Need, str] = (
     lambda _, optimizer: all("capturable" in group for group in optimizer.param_groups),
     "this optimizer cannot be captured",
 )
+ELEMENTWISE: tuple[Need, str] = (
+    lambda _, optimizer: is_elementwise(optimizer),
+    "this optimizer looks at each tensor as a whole",
+)
 NEEDS: Mapping[str, tuple[tuple[Need, str], ...]] = {
-    "captured": (CUDA, NO_FP16, CAPTURABLE),
-    "fused": (NO_FP16,),
+    "captured": (CUDA, NO_FP16, CAPTURABLE, ELEMENTWISE),
+    "fused": (NO_FP16, ELEMENTWISE),
     "eager": (),
 }
+SEVERAL = "several processes add up their gradients between two graphs"
 MEANING = {
     "captured": "whole steps as CUDA graphs",
     "fused": "one function a layer, all trained tensors as one",
@@ -215,15 +241,26 @@ MEANING = {
 }
 
 
-def choose(setting: str, precision: Precision, optimizer: torch.optim.Optimizer) -> tuple[str, str]:
+def choose(
+    setting: str,
+    precision: Precision,
+    optimizers: Sequence[torch.optim.Optimizer],
+    processes: int = 1,
+    network: str = "",
+) -> tuple[str, str]:
     """Return the engine's name for the setting `engine`, and why: one line for the log.
 
-    ``auto`` takes the first of NEEDS that can be. Raises LG-RUN-008 where the one asked for cannot.
+    ``auto`` takes the first of NEEDS that can be; ``network`` says why a network needs plain modules, if it
+    does. Raises LG-RUN-008 where the one asked for cannot.
     """
     refused = {
-        name: next((why for holds, why in needs if not holds(precision, optimizer)), None)
+        name: next((why for holds, why in needs for o in optimizers if not holds(precision, o)), None)
         for name, needs in NEEDS.items()
     }
+    if network:
+        refused |= {name: refused[name] or network for name in ("captured", "fused")}
+    if processes > 1:
+        refused["captured"] = refused["captured"] or SEVERAL
     if setting != "auto":
         if (why := refused[setting]) is not None:
             raise LoraGraftError(
@@ -235,4 +272,6 @@ def choose(setting: str, precision: Precision, optimizer: torch.optim.Optimizer)
             )
         return setting, f"as set: {MEANING[setting]}"
     name = next(name for name, why in refused.items() if why is None)
-    return name, MEANING[name]
+    if name == "fused" and refused["captured"] == SEVERAL:
+        return name, f"{MEANING[name]}; not captured: {SEVERAL}"
+    return name, f"{MEANING[name]}: {refused['fused']}" if name == "eager" else MEANING[name]

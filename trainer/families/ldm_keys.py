@@ -52,7 +52,7 @@ def unet_to_diffusers(ldm_keys: Iterable[str]) -> dict[str, str]:
         for k in keys
         if (m := re.match(r"output_blocks\.(\d+)\.1\.proj_in\.weight", k))
     }
-    pairs = _unet_pairs(levels, per_level, attended)
+    pairs = unet_pairs(levels, per_level, attended)
     return {new: key for key in keys if (new := _replace(key, pairs)) is not None}
 
 
@@ -62,7 +62,7 @@ def unet_to_ldm(diffusers_keys: Iterable[str]) -> dict[str, str]:
     levels = 1 + max(int(m[1]) for k in keys if (m := re.match(r"down_blocks\.(\d+)\.", k)))
     per_level = 1 + max(int(m[1]) for k in keys if (m := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", k)))
     attended = {int(m[1]) for k in keys if (m := re.match(r"up_blocks\.(\d+)\.attentions\.", k))}
-    pairs = [(new, old) for old, new in _unet_pairs(levels, per_level, attended)]
+    pairs = [(new, old) for old, new in unet_pairs(levels, per_level, attended)]
     return {new: key for key in keys if (new := _replace(key, pairs)) is not None}
 
 
@@ -86,7 +86,8 @@ def is_vae_attention_weight(ldm_key: str) -> bool:
     return re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", ldm_key) is not None
 
 
-def _unet_pairs(levels: int, per_level: int, attended: set[int]) -> Pairs:
+def unet_pairs(levels: int, per_level: int, attended: set[int]) -> Pairs:
+    """Pair the prefixes of a U-Net's modules, LDM's and diffusers'; ``attended`` levels count from the way up."""
     pairs: Pairs = [
         ("input_blocks.0.0.", "conv_in."),
         ("time_embed.0.", "time_embedding.linear_1."),

@@ -7,18 +7,21 @@ same code serves a real SD1.5 checkpoint and the tiny embedded base of the same 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
 from PIL import Image
 from torch import nn
 
+from ..block_weights import SD1, Blocks
 from ..engine.precision import visiting
 from ..errors import LoraGraftError, listed
 from ..objective import NoiseSchedule, generator
 from ..parts import Parts, Target
 from .base import Tensors
+from .clip_tokens import CHUNK, caption_ids, in_chunks, weighted_ids
 from .ldm_keys import (
     TEXT_PREFIX,
     UNET_PREFIX,
@@ -27,18 +30,16 @@ from .ldm_keys import (
     unet_to_diffusers,
     vae_to_diffusers,
 )
+from .targets import find_targets
 from .weights import Renamed
+from .words import WordEmbedding
 
 SCALING_FACTOR = 0.18215
 NUM_HEADS = 8  # of every attention in SD1.x; not visible in the weights
 TEXT_HEAD_DIM = 64
-CHUNK = 75
 
-# kohya's module sets (networks/lora.py): the classes inside which linears and convolutions are trained.
-ATTENTION_CLASSES = ("Transformer2DModel",)
-CONV_CLASSES = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
+IN_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.")
 Built = TypeVar("Built", bound=nn.Module)
-TEXT_CLASSES = ("CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2", "CLIPMLP")
 
 
 class SD15:
@@ -46,6 +47,7 @@ class SD15:
 
     name = "sd15"
     latent_multiple = 8
+    blocks: Blocks | None = SD1
     schedule = NoiseSchedule()
     metadata: Mapping[str, str] = {
         "ss_base_model_version": "sd_v1",
@@ -120,14 +122,21 @@ class SD15:
 
     def tokenize(self, parts: Parts, captions: Sequence[str], max_token_length: int) -> torch.Tensor:
         """Return token ids (B, chunks, 77): 75 between a start and an end token, as kohya cuts them."""
-        length = max_token_length + 2
-        ids = parts.tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).input_ids
-        starts = range(1, length - 1, CHUNK)
-        return torch.stack(
-            [torch.cat([ids[:, :1], ids[:, i : i + CHUNK], ids[:, -1:]], dim=1) for i in starts], dim=1
-        )
+        ids = [caption_ids(parts.tokenizer, caption, parts.words) for caption in captions]
+        return torch.stack([in_chunks(parts.tokenizer, each, max_token_length) for each in ids])
+
+    def tokenize_weighted(
+        self, parts: Parts, captions: Sequence[str], max_token_length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token ids (B, chunks, 77) of captions with emphasis, and the weights (B, chunks*75+2).
+
+        The weights are those of the conditioning's places; start, end and padding weigh 1.
+        """
+        read = [weighted_ids(parts.tokenizer, caption, parts.words) for caption in captions]
+        ids = [in_chunks(parts.tokenizer, each, max_token_length) for each, _ in read]
+        weights = [w[:max_token_length] for _, w in read]
+        padded = [[1.0, *w, *[1.0] * (max_token_length + 1 - len(w))] for w in weights]
+        return torch.stack(ids), torch.tensor(padded)
 
     def encode_text(self, parts: Parts, ids: torch.Tensor, clip_skip: int) -> torch.Tensor:
         """Return the conditioning (B, chunks*75+2, D): one start, all chunks' insides, one end token."""
@@ -154,16 +163,33 @@ class SD15:
         inside = hidden[:, :, 1:-1].reshape(batch, chunks * (length - 2), -1)
         return torch.cat([hidden[:, 0, :1], inside, hidden[:, -1, -1:]], dim=1)
 
+    @torch.no_grad()
+    def word_rows(self, parts: Parts, text: str) -> torch.Tensor:
+        """Return the embeddings (n, D) of a text's tokens, float32 on the CPU; of "", those of all tokens."""
+        embedding = _text_body(parts.text_encoder).embeddings.token_embedding
+        ids = caption_ids(parts.tokenizer, text, {}) if text else range(len(parts.tokenizer))
+        device = next(parts.text_encoder.parameters()).device
+        rows: torch.Tensor = embedding(torch.tensor(ids, device=device))
+        return rows.float().cpu()
+
+    def add_words(self, parts: Parts, vectors: Mapping[str, nn.Parameter]) -> None:
+        """Let captions mean ``vectors``, (n, D) a word, wherever they have one of the words."""
+        embeddings, first = _text_body(parts.text_encoder).embeddings, len(parts.tokenizer)
+        for word, rows in vectors.items():
+            parts.words[word] = tuple(range(first, first + len(rows)))
+            first += len(rows)
+        embeddings.token_embedding = WordEmbedding(embeddings.token_embedding, list(vectors.values()))
+
     def predict(self, parts: Parts, noisy: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """Return the predicted noise for noisy latents at integer timesteps t (B,)."""
+        """Return what the base predicts, noise or velocity, for noisy latents at integer timesteps t (B,)."""
         noisy, cond = noisy.to(parts.dtype), cond.to(parts.dtype)
         return cast(torch.Tensor, parts.denoiser(noisy, t, encoder_hidden_states=cond, return_dict=False)[0])
 
-    def targets(self, parts: Parts, *, convolutions: bool) -> list[Target]:
-        """List the modules that kohya's trainer trains, in its order: text encoder first, then U-Net."""
-        classes = ATTENTION_CLASSES + (CONV_CLASSES if convolutions else ())
-        found = list(_inside(parts.text_encoder, TEXT_CLASSES, "text_encoder"))
-        return found + list(_inside(parts.denoiser, classes, "denoiser"))
+    def targets(
+        self, parts: Parts, *, convolutions: bool, preset: str = "", norms: bool = False
+    ) -> list[Target]:
+        """List the modules that kohya's trainer trains, or those of a LyCORIS preset; see `find_targets`."""
+        return find_targets(parts, block_of, convolutions=convolutions, preset=preset, norms=norms)
 
     @torch.no_grad()
     def sample(
@@ -177,19 +203,23 @@ class SD15:
         steps: int = 20,
         cfg: float = 7.0,
         clip_skip: int = 1,
+        velocity: bool = False,
+        zero_terminal_snr: bool = False,
     ) -> list[Image.Image]:
         """Draw an image of ``size`` (height, width) pixels for each prompt and its seed.
 
         Euler's method over k-diffusion's sigmas (Karras et al. 2022), with classifier-free guidance.
+        ``velocity`` says that the base predicts v and not noise.
         """
         device = next(parts.denoiser.parameters()).device
-        longest = max(len(parts.tokenizer(p).input_ids) - 2 for p in (*prompts, negative))
+        longest = max(len(caption_ids(parts.tokenizer, p, parts.words)) for p in (*prompts, negative))
         texts = [negative] * len(prompts) + list(prompts)
         ids = self.tokenize(parts, texts, max(1, -(-longest // CHUNK)) * CHUNK).to(device)
         with visiting(parts.text_encoder, device):
             cond = self.encode_text(parts, ids, clip_skip)
-        t = torch.linspace(self.schedule.num_timesteps - 1, 0, steps).round().long()
-        sigmas = torch.cat([self.schedule.sigmas[t], torch.zeros(1)]).to(device)
+        schedule = replace(self.schedule, zero_terminal_snr=True) if zero_terminal_snr else self.schedule
+        t = torch.linspace(schedule.num_timesteps - 1, 0, steps).round().long()
+        sigmas = torch.cat([schedule.sigmas[t], torch.zeros(1)]).to(device)
         shape = (4, size[0] // 8, size[1] // 8)
         noise = torch.stack([torch.randn(shape, generator=generator(seed, "sample")) for seed in seeds])
         x = noise.to(device) * (1 + sigmas[0] ** 2) ** 0.5
@@ -197,6 +227,10 @@ class SD15:
             scaled = (x / (1 + sigmas[i] ** 2) ** 0.5).repeat(2, 1, 1, 1)
             both = self.predict(parts, scaled, t[i].to(device).expand(len(scaled)), cond)
             eps_negative, eps = both.float().chunk(2)
+            if velocity:  # noise = sqrt(1 - a) x_t + sqrt(a) v, where sqrt(a) = 1 / sqrt(1 + sigma^2)
+                share = 1 / (1 + sigmas[i] ** 2) ** 0.5
+                of_x = scaled.chunk(2)[0] * sigmas[i] * share
+                eps_negative, eps = eps_negative * share + of_x, eps * share + of_x
             x = x + (eps_negative + cfg * (eps - eps_negative)) * (sigmas[i + 1] - sigmas[i])
         with visiting(parts.vae, device):
             pixels = cast(Any, parts.vae).decode(x / SCALING_FACTOR, return_dict=False)[0].float()
@@ -272,18 +306,20 @@ def _text_body(text: nn.Module) -> Any:
     return getattr(text, "text_model", text)
 
 
-def _inside(root: nn.Module, classes: tuple[str, ...], part: str) -> Iterator[Target]:
-    prefix = "lora_te" if part == "text_encoder" else "lora_unet"
-    for outer_path, outer in root.named_modules():
-        if type(outer).__name__ not in classes:
-            continue
-        for inner_path, inner in outer.named_modules():
-            if not isinstance(inner, (nn.Linear, nn.Conv2d)):
-                continue
-            path = f"{outer_path}.{inner_path}"
-            named = path if part == "denoiser" or path.startswith("text_model.") else f"text_model.{path}"
-            large = isinstance(inner, nn.Conv2d) and inner.kernel_size != (1, 1)
-            yield Target(part, path, f"{prefix}_{named.replace('.', '_')}", "conv" if large else "linear")
+def block_of(path: str) -> int | None:
+    """Return the index of the U-Net's block that a module lies in; None outside of them.
+
+    Counted as in the reference: 0 is the first convolution, which it does not train; three to a level, of
+    which the third is the change of size; 12 is the middle.
+    """
+    if path.startswith("mid_block."):
+        return SD1.down
+    found = IN_BLOCK.match(path)
+    if found is None:
+        return None
+    third = found[3] in ("downsamplers", "upsamplers")
+    index = 3 * int(found[2]) + (2 if third else int(found[4]))
+    return 1 + index if found[1] == "down" else SD1.down + SD1.mid + index
 
 
 def _assign(module: nn.Module, sd: Tensors, what: str) -> None:

@@ -9,13 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Info:
-    """What a setting means and which values it takes; ``minimum`` and ``maximum`` are inclusive."""
+    """What a setting means and which values it takes; ``minimum`` and ``maximum`` are inclusive.
+
+    ``open``: other values than the choices are possible; the group's contradictions decide.
+    """
 
     help: str
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple[str, ...] = ()
     advanced: bool = False
+    open: bool = False
 
 
 def setting(
@@ -26,9 +30,10 @@ def setting(
     maximum: float | None = None,
     choices: tuple[str, ...] = (),
     advanced: bool = False,
+    open: bool = False,
 ) -> Any:
     """Return a dataclass field with this table entry."""
-    return field(default=default, metadata={"info": Info(help, minimum, maximum, choices, advanced)})
+    return field(default=default, metadata={"info": Info(help, minimum, maximum, choices, advanced, open)})
 
 
 def info_of(cls: type, name: str) -> Info:

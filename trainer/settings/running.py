@@ -11,6 +11,7 @@ ENGINES = ("auto", "eager", "fused", "captured")
 ATTENTIONS = ("auto", "sdpa", "xformers", "plain")
 STORAGES = ("as_is", "fp8", "int8", "nf4")
 MEMORY = ("auto", "off")
+DIVERGENCE = ("rollback", "stop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,12 @@ class RunningSettings:
     max_train_steps: int = setting(1600, "Number of optimizer steps.", minimum=1, maximum=10_000_000)
     max_train_epochs: int | None = setting(
         None, "Number of epochs; if given, it replaces max_train_steps.", minimum=1, maximum=1_000_000
+    )
+    resume: str = setting(
+        "",
+        "Continue an earlier run with a new number of steps. auto: the longest one that differs from this in "
+        "nothing else; or the name of its folder below runs, with /ckpt/step-... for one save of it.",
+        advanced=True,
     )
     train_batch_size: int = setting(1, "Images per micro-batch.", minimum=1, maximum=1024)
     gradient_accumulation_steps: int = setting(
@@ -74,6 +81,13 @@ class RunningSettings:
         "to the GPU when they are used; these blocks are also checkpointed.",
         minimum=0,
         maximum=1000,
+        advanced=True,
+    )
+    on_divergence: str = setting(
+        "rollback",
+        "What happens when the loss is no number any more or explodes. rollback: once, go back to the last "
+        "good state and on with half the learning rate; stop: end the run there.",
+        choices=DIVERGENCE,
         advanced=True,
     )
     cache_latents: bool = setting(

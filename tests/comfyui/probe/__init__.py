@@ -375,7 +375,24 @@ class ProbeChoice:
         return (text,)
 
 
+class ProbeLoadCheckpoint:
+    """Load a checkpoint of the demo base's widths, which the native loader does not know."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "load", ("MODEL", "CLIP", "VAE")
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"name": ("STRING", {})}}
+
+    def load(self, name):
+        import folder_paths
+
+        path = Path(folder_paths.get_folder_paths("checkpoints")[0]) / name
+        return pack("nodes.host_demo").load(path, pack("trainer.api").demo_tokenizer())
+
+
 NODE_CLASS_MAPPINGS = {
+    "ProbeLoadCheckpoint": ProbeLoadCheckpoint,
     "ProbeChoice": ProbeChoice,
     "ProbeAudit": ProbeAudit,
     "ProbeForward": ProbeForward,

@@ -1,0 +1,108 @@
+"""Kohya Config: the settings of kohya's trainer, pasted as TOML or as a command line, for Train LoRA."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from comfy_api.latest import io
+
+from . import settings_groups as groups
+from . import widgets
+from .sockets import Settings
+
+TITLE = "Kohya Config"
+EXAMPLE = "--network_module=networks.lora --network_dim=32 --network_alpha=16 --learning_rate=1e-4"
+
+log = logging.getLogger("loragraft")
+
+
+class KohyaConfig(io.ComfyNode):
+    """Read a config of kohya's trainer; what has another place in a graph is named."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoraGraftKohyaConfig",
+            display_name=TITLE,
+            category="LoraGraft/settings",
+            description="Settings of kohya's sd-scripts or lora-scripts, pasted as TOML or as a command "
+            "line. What they leave out has kohya's default. Settings that cannot be honoured are refused "
+            "before anything runs.",
+            search_aliases=["sd-scripts", "lora-scripts", "import settings", "train_network.py"],
+            inputs=[
+                io.String.Input(
+                    "config",
+                    default=EXAMPLE,
+                    multiline=True,
+                    tooltip="The text of a config_file (TOML), or a whole command line of train_network.py.",
+                ),
+                Settings.Input(
+                    "settings", optional=True, tooltip="From another settings node; both then count."
+                ),
+            ],
+            outputs=[
+                Settings.Output(
+                    "settings", display_name="settings", tooltip="For Train LoRA's input settings."
+                ),
+                io.String.Output(
+                    "notes",
+                    display_name="notes",
+                    tooltip="What was filled in, what means nothing here, and what other nodes have to be "
+                    "told: folders, models, and the settings of the dataset.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, config: str | None = None) -> bool | str:
+        """Refuse what cannot be read or honoured before anything runs."""
+        from ..trainer.errors import LoraGraftError
+
+        try:
+            if config is not None:
+                _read(config)
+        except LoraGraftError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, config: str, settings: Any = None) -> io.NodeOutput:
+        own, notes = _read(config)
+        for note in notes:
+            log.info("%s: %s", TITLE, note)
+        left_out = {name: value for name, value in _defaults().items() if name not in (settings or {})}
+        return io.NodeOutput(groups.joined(settings, {**left_out, **own}, TITLE), "\n".join(notes))
+
+
+def _defaults() -> dict[str, Any]:
+    """Return what kohya's arguments are where none is given, for those that are widgets of Train LoRA too.
+
+    Without them a widget would count for what the config leaves out.
+    """
+    from ..trainer import api
+    from ..trainer.imports.kohya_table import PLACES, all_arguments
+
+    arguments = {*all_arguments(), *groups.CONV}.difference(PLACES)
+    names = [n for n in (*widgets.TRAIN_COMMON, *widgets.TRAIN_ADVANCED) if n in arguments]
+    return {name: getattr(api.TrainConfig(), name) for name in names}
+
+
+def _read(text: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings of a run, and the notes on all else."""
+    from ..trainer import api
+
+    found = api.read_kohya(text, where=TITLE)
+    api.make_both(found.settings, where=TITLE)
+    known = api.TrainConfig.__dataclass_fields__
+    own = {name: value for name, value in found.settings.items() if name in known}
+    notes = [*found.notes, *_elsewhere(found.places, "the loader nodes")]
+    return own, notes + _elsewhere({n: v for n, v in found.settings.items() if n not in own}, "Build Dataset")
+
+
+def _elsewhere(values: Mapping[str, Any], where: str) -> list[str]:
+    return [
+        f"{name} = {value}: in a graph this stands on {where}, set it there."
+        for name, value in values.items()
+    ]

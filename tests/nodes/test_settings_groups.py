@@ -1,0 +1,161 @@
+"""Settings nodes: each setting has one place, values are checked, and what is linked counts and is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from loragraft.nodes import ahead, widgets
+from loragraft.nodes import settings_groups as groups
+from loragraft.trainer import api
+from loragraft.trainer.config import TrainConfig, info_of
+from loragraft.trainer.errors import LoraGraftError
+
+GROUPS = list(groups.GROUPS.values())
+
+
+def defaults(group: groups.Group) -> dict[str, Any]:
+    """Return every widget of a node at its default, whatever the choice shows."""
+    return {w.name: w.default for w in widgets.widgets_of(TrainConfig, group.names)}
+
+
+def test_no_setting_stands_on_two_settings_nodes() -> None:
+    counts = Counter(name for group in GROUPS for name in group.names)
+    assert [name for name, count in counts.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.title)
+def test_a_choice_shows_something_for_each_of_its_values(group: groups.Group) -> None:
+    if group.choice:
+        assert tuple(group.options) == info_of(TrainConfig, group.choice).choices
+    assert not set(group.always) & {name for names in group.options.values() for name in names}
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.title)
+def test_a_node_left_as_it_is_changes_nothing(group: groups.Group) -> None:
+    linked = groups.values_of(group, defaults(group))
+    assert widgets.train_config({}, linked) == api.make(TrainConfig, {})
+
+
+def test_what_a_choice_shows_comes_nested() -> None:
+    given = {"loss_type": {"loss_type": "huber", "huber_schedule": "snr", "huber_c": 0.2}, "min_timestep": 5}
+    values = groups.values_of(groups.LOSS, given)
+    assert values == {"loss_type": "huber", "huber_schedule": "snr", "huber_c": 0.2, "min_timestep": 5}
+
+
+def test_an_impossible_value_names_the_node() -> None:
+    with pytest.raises(LoraGraftError, match="LG-CFG-003") as error:
+        groups.values_of(groups.LOSS, {"huber_c": 7.0})
+    assert "Loss and Noise" in str(error.value)
+
+
+def test_two_nodes_of_a_kind_in_a_row_are_refused() -> None:
+    first = groups.values_of(groups.SAVING, {"sample_at_first": True})
+    with pytest.raises(LoraGraftError, match="LG-NODE-030"):
+        groups.joined(first, {"sample_at_first": False}, "Saving")
+    assert groups.joined(first, {"algo": "loha"}, "Network") == {"sample_at_first": True, "algo": "loha"}
+
+
+def test_linked_settings_count_and_are_told() -> None:
+    on_node = widgets.settings(TrainConfig, {w.name: w.default for w in widgets.train_widgets()})
+    linked = {"optimizer_type": "Lion", "conv_dim": None, "algo": "loha"}
+    assert widgets.train_config(on_node, {**linked, "optimizer_type": "AdamW"}).algo == "loha"
+    assert groups.told(linked, on_node) == [
+        "optimizer_type = 'Lion' from the linked settings, instead of 'AdamW'"
+    ]
+
+
+def ask(node: str, values: Any, steps: Any = 100) -> dict[str, Any]:
+    return ahead.answer(json.dumps({"node": node, "values": values, "steps": steps}))
+
+
+def test_the_schedule_is_drawn_with_the_functions_that_train() -> None:
+    answer = ask("LoraGraftSchedule", {"lr_scheduler": "linear", "lr_warmup_steps": 10})
+    curve = answer["curve"]
+    assert answer["steps"] == 100 and curve[0] == 0.0 and max(curve) == pytest.approx(1e-4, rel=0.02)
+    assert len(ask("LoraGraftSchedule", {}, steps=100_000)["curve"]) == ahead.POINTS
+    assert curve[-1] < 0.02 * max(curve)
+
+
+def test_a_nested_widget_counts() -> None:
+    once = ask("LoraGraftSchedule", {"lr_scheduler": "cosine_with_restarts"})
+    often = ask(
+        "LoraGraftSchedule",
+        {"lr_scheduler": "cosine_with_restarts", "lr_scheduler.lr_scheduler_num_cycles": 4},
+    )
+    assert once["curve"] != often["curve"]
+
+
+def test_blocks_are_drawn_as_bars() -> None:
+    bars = ask("LoraGraftBlocks", {"down_lr_weight": "linear", "mid_lr_weight": "0.5"})["bars"]
+    assert len(bars) == 25 and bars[0][1] == 0 and bars[12][1] == 0.5 and bars[24][1] == 1
+
+
+def test_a_contradiction_is_told_in_words() -> None:
+    answer = ask("LoraGraftSchedule", {"lr_scheduler": "constant", "lr_warmup_steps": 10})
+    assert "LG-CFG-004" in answer["error"]
+
+
+def test_presets_say_what_to_fill_in_where() -> None:
+    parts = ahead.answer(json.dumps({"presets": []}))["parts"]
+    assert {"character", "style", "concept"} <= set(parts["kind"])
+    found = ahead.answer(json.dumps({"presets": ["character", "loha", "8gb"]}))
+    assert found["train"]["network_dim"] == 6 and found["train"]["learning_rate"] == 5e-5
+    assert found["train"]["train_batch_size"] == 1 and found["dataset"]["keep_tokens"] == 1
+    assert found["nodes"]["LoraGraftNetwork"]["algo"] == "loha"
+    assert set(found["nodes"]["LoraGraftNetwork"]) >= {"conv_dim", "conv_alpha"}, "else its own would count"
+    assert found["sources"]["keep_tokens"].startswith("S4")
+    plain = ahead.answer(json.dumps({"presets": ["style"]}))
+    assert plain["nodes"] == {}
+
+
+def test_every_preset_fills_in_what_widgets_can_hold() -> None:
+    parts = ahead.answer(json.dumps({"presets": []}))["parts"]
+    for kind in parts["kind"]:
+        for network in ("", *parts["network"]):
+            found = ahead.answer(json.dumps({"presets": [n for n in (kind, network) if n]}))
+            data = widgets.dataset_config(found["dataset"])
+            assert data == api.make(api.DatasetConfig, found["dataset"])
+            linked = {}
+            for node, values in found["nodes"].items():
+                linked |= groups.values_of(groups.GROUPS[node], values)
+            wanted = api.preset([n for n in (kind, network) if n]).settings
+            made = widgets.train_config(found["train"], linked)
+            for name, value in wanted.items():
+                if hasattr(made, name):
+                    assert getattr(made, name) == value, name
+
+
+@pytest.mark.parametrize("names", [["nothing"], ["character", "style"], "loha", {"a": 1}])
+def test_impossible_presets_are_told(names: Any) -> None:
+    assert "error" in ahead.answer(json.dumps({"presets": names}))
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "",
+        "[]",
+        "{",
+        "7",
+        "null",
+        "[" * 5000,
+        "x" * 30_000,
+        json.dumps({"node": "LoraGraftTrainLoRA", "values": {}, "steps": 1}),
+        json.dumps({"node": "LoraGraftSchedule", "values": [], "steps": 1}),
+        json.dumps({"node": "LoraGraftSchedule", "values": {}, "steps": "many"}),
+        json.dumps({"node": "LoraGraftSchedule", "values": {}, "steps": float("inf")}),
+        json.dumps({"node": ["LoraGraftSchedule"], "values": {}, "steps": 1}),
+    ],
+)
+def test_nonsense_is_answered_with_an_error(question: str) -> None:
+    assert set(ahead.answer(question)) == {"error"}
+
+
+def test_every_setting_of_the_nodes_is_one_of_a_run() -> None:
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    assert {name for group in GROUPS for name in group.names} <= known

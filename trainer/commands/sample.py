@@ -1,0 +1,128 @@
+"""``loragraft sample``: images from any checkpoint with LoRAs, embeddings, emphasis and any sampler."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL.PngImagePlugin import PngInfo
+
+from .. import api
+from ..errors import LoraGraftError
+from .settings import add_base_flags, open_base
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    command = commands.add_parser(
+        "sample",
+        help="draw images with LoRAs, embeddings and prompt weights",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.set_defaults(run=sample)
+    add_base_flags(command, required=True)
+    command.add_argument(
+        "--prompts",
+        nargs="+",
+        required=True,
+        help="words, (words:1.2), {a|b} for each of both, <lora:name:0.8>",
+    )
+    command.add_argument("--negative", default="", help="negative prompt")
+    command.add_argument("--seeds", nargs="+", type=int, default=[1])
+    command.add_argument(
+        "--lora", nargs="+", default=[], metavar="FILE[:STRENGTH]", help="LoRAs of all images"
+    )
+    command.add_argument("--lora_dir", type=Path, help="folder of the LoRAs that prompts name")
+    command.add_argument(
+        "--embeddings", nargs="+", type=Path, default=[], help="textual inversions, used by name"
+    )
+    command.add_argument("--vae", type=Path, help="another VAE's file")
+    command.add_argument("--sampler", default="dpmpp_2m", choices=sorted(api.SAMPLERS))
+    command.add_argument("--schedule", default="karras", choices=sorted(api.SCHEDULES))
+    command.add_argument("--width", type=int, default=512)
+    command.add_argument("--height", type=int, default=512)
+    command.add_argument("--steps", type=int, default=20)
+    command.add_argument("--cfg", type=float, default=7.0)
+    command.add_argument("--clip_skip", type=int, default=1)
+    command.add_argument(
+        "--v_parameterization", action="store_true", help="the base predicts v and not noise"
+    )
+    command.add_argument("--batch", type=int, default=4, help="images drawn at once")
+    command.add_argument("--output", type=Path, default=Path("output/samples"), help="folder of the images")
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    """Draw the images into numbered files and a grid; returns 0."""
+    base = open_base(arguments.pretrained_model_name_or_path, arguments)
+    settings = api.SampleSettings(
+        size=(arguments.height, arguments.width),
+        steps=arguments.steps,
+        cfg=arguments.cfg,
+        sampler=arguments.sampler,
+        schedule=arguments.schedule,
+        negative=arguments.negative,
+        clip_skip=arguments.clip_skip,
+        velocity=arguments.v_parameterization,
+        batch=arguments.batch,
+    )
+    prompts = [p for prompt in arguments.prompts for p in api.expand_wildcards(prompt)]
+    drawn = api.draw_images(
+        base,
+        prompts,
+        arguments.seeds,
+        settings,
+        loras=[file_and_strength(text) for text in arguments.lora],
+        lora_folder=arguments.lora_dir,
+        embeddings=arguments.embeddings,
+        vae=arguments.vae,
+        device=arguments.device,
+    )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    rows: list[list[Any]] = []
+    for number, drawing in enumerate(drawn):
+        path = _save(drawing, arguments.output)
+        print(f"{path.name}: {drawing.prompt!r}, seed {drawing.seed}", file=sys.stderr)
+        if number % len(arguments.seeds) == 0:
+            rows.append([])
+        rows[-1].append(drawing.image)
+    title = f"{arguments.sampler} {arguments.schedule}, {arguments.steps} steps, cfg {arguments.cfg:g}"
+    sheet = api.grid(rows, prompts, [f"seed {seed}" for seed in arguments.seeds], title=title)
+    grid = _free(arguments.output, "grid")
+    sheet.save(grid)
+    print(f"Images        {arguments.output}\nGrid          {grid}")
+    return 0
+
+
+def file_and_strength(text: str) -> tuple[Path, float]:
+    """Read "file.safetensors:0.8"; without a number the strength is 1. Raises LG-TOOL-016."""
+    name, sign, number = text.rpartition(":")
+    if not sign or number.endswith(".safetensors"):  # no colon, or a drive's
+        return Path(text), 1.0
+    try:
+        return Path(name), float(number)
+    except ValueError:
+        raise LoraGraftError(
+            "LG-TOOL-016",
+            f"{text[:60]!r} is no LoRA with a strength.",
+            where="--lora",
+            why=f"{number[:20]!r} is no number.",
+            fix="write file.safetensors or file.safetensors:0.8",
+        ) from None
+
+
+def _save(drawing: api.Drawing, folder: Path) -> Path:
+    """Write an image over no other, with what it was drawn with in it."""
+    path = _free(folder, f"seed{drawing.seed}")
+    info = PngInfo()
+    info.add_text("parameters", drawing.parameters)
+    drawing.image.save(path, pnginfo=info)
+    return path
+
+
+def _free(folder: Path, stem: str) -> Path:
+    number = 1
+    while (path := folder / f"{stem}_{number:05d}.png").exists():
+        number += 1
+    return path

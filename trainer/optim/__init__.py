@@ -1,0 +1,1 @@
+"""Optimizers and learning-rate schedules; schedules are pure functions of the step."""

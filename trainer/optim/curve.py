@@ -1,0 +1,37 @@
+"""What a run's learning rate will be, to be drawn before it begins: over the steps, and over the blocks."""
+
+from __future__ import annotations
+
+import math
+
+from ..block_weights import Blocks, block_lr_weights
+from ..config import TrainConfig, denoiser_lr, encoder_lr, optimizer_kwargs
+from ..settings.optimizers import has_relative_steps
+from .find import known
+from .groups import lr_scale
+from .schedules import rate
+
+
+def curve(config: TrainConfig, total_steps: int) -> list[float]:
+    """Return the learning rate of every step: the denoiser's, or the text encoder's where only it learns.
+
+    Of Adafactor with relative steps, the step size before it is scaled by a tensor's own size.
+    """
+    if has_relative_steps(known(config), optimizer_kwargs(config)):
+        warms_up = bool(optimizer_kwargs(config).get("warmup_init", False))
+        steps = range(1, total_steps + 1)
+        return [min(1e-6 * step if warms_up else 1e-2, 1.0 / math.sqrt(step)) for step in steps]
+    base = (denoiser_lr(config) or encoder_lr(config)) * lr_scale(config)
+    return [rate(config, base, step, total_steps) for step in range(total_steps)]
+
+
+def block_bars(config: TrainConfig, blocks: Blocks | None) -> list[tuple[str, float]]:
+    """Return each block's name and highest learning rate; empty where there are no blocks.
+
+    Raises ValueError where a weight cannot be read.
+    """
+    if blocks is None:
+        return []
+    base = denoiser_lr(config) * lr_scale(config)
+    weights = block_lr_weights(config, blocks) or (1.0,) * len(blocks.names)
+    return [(name, base * weight) for name, weight in zip(blocks.names, weights, strict=True)]

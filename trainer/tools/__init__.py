@@ -1,0 +1,1 @@
+"""What is done with LoRA and checkpoint files after training: one file for each job."""

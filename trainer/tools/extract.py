@@ -1,0 +1,177 @@
+"""Extract a LoRA from two checkpoints: the difference of their weights, approximated at a rank.
+
+Each difference is taken apart by its singular values, up = U S, down = V'. As in kohya's
+extract_lora_from_models, values beyond the ``clamp_quantile`` of both are cut off, and the text encoder is
+left out where no weight of it differs by more than ``min_diff``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..adapters.files import compact
+from ..errors import LoraGraftError, listed
+from ..families.weights import FileWeights
+from .deltas import KOHYA
+from .lora_file import PLAIN, LoraFile, Module
+from .places import Place, trained_in
+from .stream import open_weights
+
+QUANTILE_VALUES = 2**24  # torch's quantile takes no more
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """Ranks, and what is cut off; ``conv_rank`` None leaves 3x3 convolutions out."""
+
+    rank: int = 4
+    conv_rank: int | None = None
+    clamp_quantile: float = 0.99
+    min_diff: float = 0.01
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What became of one module; ``error`` is the part of the difference's norm that is not in it."""
+
+    name: str
+    rank: int
+    norm: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: rank {self.rank}, difference {self.norm:.4g}, error {self.error:.2%}"
+
+
+def extract_lora(
+    original: Path,
+    tuned: Path,
+    settings: ExtractSettings,
+    *,
+    device: str = "cpu",
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[LoraFile, list[Extracted]]:
+    """Return the LoRA that makes ``tuned`` of ``original``, and how well it does.
+
+    Raises LG-TOOL-005, -008, -012, -013.
+    """
+    _check(settings)
+    first, second = open_weights(original), open_weights(tuned)
+    places = _common_places(first, second, settings, f"{original.name}, {tuned.name}")
+    text = {name: place for name, place in places.items() if name.startswith("lora_te")}
+    if not any(_difference(first, second, p).abs().max() > settings.min_diff for p in text.values()):
+        places = {name: place for name, place in places.items() if name not in text}
+    modules: dict[str, Module] = {}
+    report: list[Extracted] = []
+    for done, (name, place) in enumerate(places.items(), 1):
+        difference = _difference(first, second, place).to(device)
+        module = _module(name, difference, settings)
+        up, down = module.factors()
+        norm = float(difference.norm())
+        error = float((up @ down - difference.flatten(1).cpu()).norm()) / norm if norm else 0.0
+        modules[name] = module
+        report.append(Extracted(name, module.rank, norm, error))
+        tell(done, len(places))
+    if not any(told.norm for told in report):
+        raise LoraGraftError(
+            "LG-TOOL-012",
+            "The two checkpoints do not differ.",
+            where=f"{original.name}, {tuned.name}",
+            why="the LoRA would change nothing.",
+            fix="name the original model and a model that was trained from it",
+        )
+    return LoraFile(modules, _metadata(original, tuned, settings, places), tuned.stem), report
+
+
+def _module(name: str, difference: torch.Tensor, settings: ExtractSettings) -> Module:
+    out, fan_in, *kernel = difference.shape
+    large = bool(kernel) and tuple(kernel) != (1, 1)
+    wanted = settings.conv_rank if large and settings.conv_rank is not None else settings.rank
+    rank = min(wanted, out, fan_in)
+    u, s, vh = torch.linalg.svd(difference.flatten(1), full_matrices=False)
+    up, down = u[:, :rank] * s[:rank], vh[:rank]
+    limit = float("inf")
+    if settings.clamp_quantile < 1:
+        limit = _quantile(torch.cat([up.flatten(), down.flatten()]), settings.clamp_quantile)
+    tensors = {
+        "up": up.clamp(-limit, limit).reshape(out, rank, *(1 for _ in kernel)).cpu(),
+        "down": down.clamp(-limit, limit).reshape(rank, fan_in, *kernel).cpu(),
+        "alpha": torch.tensor(float(rank)),
+    }
+    return Module(name, PLAIN, tensors, KOHYA)
+
+
+def _quantile(values: torch.Tensor, q: float) -> float:
+    """Return the q-quantile as torch does, of any number of values."""
+    if values.numel() <= QUANTILE_VALUES:
+        return float(torch.quantile(values, q))
+    place = q * (values.numel() - 1)
+    low = float(values.kthvalue(int(place) + 1).values)
+    high = float(values.kthvalue(min(int(place) + 2, values.numel())).values)
+    return low + (high - low) * (place - int(place))
+
+
+def _difference(first: FileWeights, second: FileWeights, place: Place) -> torch.Tensor:
+    return place.rows(second[place.key].float()) - place.rows(first[place.key].float())
+
+
+def _common_places(
+    first: FileWeights, second: FileWeights, settings: ExtractSettings, where: str
+) -> dict[str, Place]:
+    shapes = {key: tuple(first[key].shape) for key in first}
+    places = trained_in(first, shapes, convolutions=settings.conv_rank is not None)
+    wrong = [
+        p.key for p in places.values() if p.key not in second or tuple(second[p.key].shape) != shapes[p.key]
+    ]
+    if wrong or not places:
+        raise LoraGraftError(
+            "LG-TOOL-013",
+            "The two checkpoints are not of one architecture, or of none that is known.",
+            where=f"{where}: {listed(wrong or ['no known module'], limit=3)}",
+            why="weights that are not in both have no difference.",
+            fix="name two single-file checkpoints of SD1.x, SD2.x, SDXL or Flux.1, both of the same",
+        )
+    return places
+
+
+def _check(settings: ExtractSettings) -> None:
+    reason = None
+    if settings.rank < 1 or (settings.conv_rank is not None and settings.conv_rank < 1):
+        reason = "a rank is at least 1."
+    elif not 0 < settings.clamp_quantile <= 1:
+        reason = "clamp_quantile lies above 0 and is at most 1, which cuts nothing off."
+    elif settings.min_diff < 0:
+        reason = "min_diff is not negative."
+    if reason:
+        raise LoraGraftError(
+            "LG-TOOL-005",
+            "A LoRA cannot be extracted so.",
+            where=f"rank {settings.rank}, conv_rank {settings.conv_rank}, quantile {settings.clamp_quantile}",
+            why=reason,
+            fix="for instance rank 32, clamp_quantile 0.99, min_diff 0.01",
+        )
+
+
+def _metadata(
+    original: Path, tuned: Path, settings: ExtractSettings, places: dict[str, Place]
+) -> dict[str, str]:
+    sdxl = any(name.startswith("lora_te2_") or "input_blocks" in name for name in places)
+    flux = any("double_blocks" in name for name in places)
+    v2 = any(place.third is not None for place in places.values()) and not sdxl
+    version = "flux1" if flux else "sdxl_base_v1-0" if sdxl else "sd_v2" if v2 else "sd_v1"
+    metadata = {
+        "ss_v2": str(v2),
+        "ss_base_model_version": version,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(settings.rank),
+        "ss_network_alpha": str(float(settings.rank)),
+        "loragraft_extracted": compact({"original": original.name, "tuned": tuned.name}),
+    }
+    if settings.conv_rank is not None:
+        arguments = {"conv_dim": str(settings.conv_rank), "conv_alpha": str(float(settings.conv_rank))}
+        metadata["ss_network_args"] = compact(arguments)
+    return metadata

@@ -1,0 +1,281 @@
+"""Draw images from a base model with LoRAs merged in, embeddings, emphasis and any sampler: `loragraft
+sample`.
+
+SD1.x's U-Net, eps- or v-prediction. A LoRA named in a prompt, <lora:name:0.8>, counts for that prompt alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ..engine.precision import pick_device, place, resolve, visiting
+from ..errors import LoraGraftError, listed, nearest
+from ..families.clip_tokens import CHUNK, weighted_ids
+from ..families.emphasis import emphasise
+from ..families.opening import Base
+from ..families.sd15 import SCALING_FACTOR
+from ..objective import generator
+from ..parts import Parts
+from .convert import to_common
+from .deltas import ON_WEIGHT, bias_change, delta, refusal
+from .embeddings import add_embeddings
+from .layout import read_vae
+from .lora_file import LoraFile, read_lora
+from .samplers import SAMPLERS
+from .sigmas import SCHEDULES, sigmas_of, timestep_of
+from .unflatten import flatten
+
+TAG = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?>")
+Loras = tuple[tuple[Path, float], ...]
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How to draw; ``size`` is (height, width) in pixels. ``velocity``: the base predicts v."""
+
+    size: tuple[int, int] = (512, 512)
+    steps: int = 20
+    cfg: float = 7.0
+    sampler: str = "euler"
+    schedule: str = "normal"
+    negative: str = ""
+    clip_skip: int = 1
+    velocity: bool = False
+    keep_mean: bool = True
+    mixed_precision: str = "auto"
+    batch: int = 4
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """An image, its prompt without LoRA tags, its seed, and all that it was drawn with as one text."""
+
+    image: Image.Image
+    prompt: str
+    seed: int
+    parameters: str
+
+
+def draw_images(
+    base: Base,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SampleSettings,
+    *,
+    loras: Sequence[tuple[Path, float]] = (),
+    lora_folder: Path | None = None,
+    embeddings: Sequence[Path] = (),
+    vae: Path | None = None,
+    device: torch.device | str | None = None,
+) -> Iterator[Drawing]:
+    """Yield an image for every prompt and seed, in this order; ``vae`` is another VAE's file.
+
+    LoRA tags in prompts are looked up in ``lora_folder``. Raises LG-TOOL-005, -010, -015, -016.
+    """
+    _check(settings)
+    read = [read_tags(prompt, lora_folder) for prompt in prompts]
+    parts, merged = None, None
+    for prompt, own in read:
+        wanted = (*loras, *own)
+        if parts is None or wanted != merged:
+            parts, merged = _ready(base, wanted, embeddings, vae, settings, device), wanted
+        for start in range(0, len(seeds), settings.batch):
+            batch = seeds[start : start + settings.batch]
+            for image, seed in zip(_draw(base, parts, prompt, batch, settings), batch, strict=True):
+                yield Drawing(image, prompt, seed, parameters(base, prompt, seed, settings, wanted, vae))
+
+
+def read_tags(prompt: str, folder: Path | None) -> tuple[str, Loras]:
+    """Take <lora:name:strength> out of a prompt; returns the prompt and files. Raises LG-TOOL-016."""
+    found: list[tuple[Path, float]] = []
+    for match in TAG.finditer(prompt):
+        name, strength = match[1].strip(), match[2] or "1"
+        known = {p.stem: p for p in sorted(folder.glob("*.safetensors"))} if folder is not None else {}
+        try:
+            found.append((known[name], float(strength)))
+        except (KeyError, ValueError):
+            guess = nearest(name, known)
+            raise LoraGraftError(
+                "LG-TOOL-016",
+                f"The LoRA of {match[0][:60]!r} cannot be used.",
+                where=f"prompt {prompt[:60]!r}",
+                why="no such file is in the LoRA folder, or the strength is no number."
+                if folder is not None
+                else "no folder of LoRAs is named.",
+                fix=f"write <lora:{guess[0]}:1>"
+                if guess
+                else "name the folder with --lora_dir, or use --lora",
+            ) from None
+    return " ".join(TAG.sub(" ", prompt).split()), tuple(found)
+
+
+def parameters(
+    base: Base,
+    prompt: str,
+    seed: int,
+    settings: SampleSettings,
+    loras: Sequence[tuple[Path, float]],
+    vae: Path | None,
+) -> str:
+    """Return what an image was drawn with, in the form that webui writes and others read."""
+    height, width = settings.size
+    told: dict[str, object] = {
+        "Steps": settings.steps,
+        "Sampler": settings.sampler,
+        "Schedule type": settings.schedule,
+        "CFG scale": f"{settings.cfg:g}",
+        "Seed": seed,
+        "Size": f"{width}x{height}",
+        "Model": base.name,
+    }
+    if settings.clip_skip > 1:
+        told["Clip skip"] = settings.clip_skip
+    if settings.velocity:
+        told["Prediction"] = "v"
+    if vae is not None:
+        told["VAE"] = vae.stem
+    if loras:
+        told["Lora"] = " ".join(f"{path.stem}:{strength:g}" for path, strength in loras)
+    negative = f"\nNegative prompt: {settings.negative}" if settings.negative else ""
+    return f"{prompt}{negative}\n" + ", ".join(f"{key}: {value}" for key, value in told.items())
+
+
+def merge_into_modules(parts: Parts, files: Sequence[tuple[LoraFile, float]]) -> None:
+    """Add LoRAs to a model's weights in memory, in new float32 tensors; raises LG-TOOL-003, -010."""
+    layers = _layers(parts)
+    changes: dict[str, torch.Tensor] = {}
+    biases: dict[str, torch.Tensor] = {}
+    for file, strength in files:
+        common = to_common(file)
+        if others := [m for m in common.modules.values() if m.kind not in ON_WEIGHT]:
+            raise refusal(others, "Drawing with a merged LoRA")
+        if unknown := [name for name in common.modules if name not in layers]:
+            raise LoraGraftError(
+                "LG-TOOL-010",
+                f"{len(unknown)} of the LoRA's {len(common.modules)} modules are not in this base model.",
+                where=f"{file.name}: {listed(unknown, limit=3)}",
+                why="these parts would be left out in silence.",
+                fix="use the LoRA with the kind of base model that it was trained on",
+            )
+        for name, module in common.modules.items():
+            weight = cast(torch.Tensor, layers[name].weight).detach().float()
+            change = strength * delta(module, weight)
+            changes[name] = changes[name] + change if name in changes else change
+            if (shift := bias_change(module)) is not None:
+                biases[name] = biases.get(name, torch.zeros_like(shift)) + strength * shift
+    for values, which in ((changes, "weight"), (biases, "bias")):
+        for name, change in values.items():
+            before = cast(torch.Tensor, getattr(layers[name], which)).detach().float()
+            setattr(layers[name], which, nn.Parameter(before + change.to(before), requires_grad=False))
+
+
+def _layers(parts: Parts) -> dict[str, Any]:
+    """Return every linear layer, convolution and normalisation layer under kohya's name."""
+    found: dict[str, Any] = {}
+    for prefix, root in (("lora_unet_", parts.denoiser), ("lora_te_", parts.text_encoder)):
+        for path, module in root.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)):
+                text = prefix == "lora_te_" and not path.startswith("text_model.")
+                found[prefix + flatten(f"text_model.{path}" if text else path)] = module
+    return found
+
+
+def _ready(
+    base: Base,
+    loras: Sequence[tuple[Path, float]],
+    embeddings: Sequence[Path],
+    vae: Path | None,
+    settings: SampleSettings,
+    device: torch.device | str | None,
+) -> Parts:
+    """Load the base with everything in it, on the device and in the arithmetic's precision."""
+    if vae is not None:
+        state: Mapping[str, Any] = {**base.state_dicts, "vae": read_vae(vae)}
+        base = Base(base.family, base.name, state, base.tokenizer_folder, owned=base.owned)
+    parts = base.load()
+    add_embeddings(parts, embeddings)
+    merge_into_modules(parts, [(read_lora(path), strength) for path, strength in loras])
+    place(
+        parts,
+        resolve(settings.mixed_precision, pick_device(device)),
+        owned=base.owned,
+        text_at_every_step=False,
+    )
+    return parts
+
+
+@torch.no_grad()
+def _draw(
+    base: Base, parts: Parts, prompt: str, seeds: Sequence[int], settings: SampleSettings
+) -> list[Image.Image]:
+    device = next(parts.denoiser.parameters()).device
+    cond = _encode(base, parts, [settings.negative, prompt], settings, device)
+    cond = cond.repeat_interleave(len(seeds), 0)
+    table = base.family.schedule.sigmas.to(device)
+
+    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        share = 1 / (1 + sigma**2).sqrt()  # of the signal, sqrt(alphas_cumprod)
+        t = timestep_of(table, sigma)
+        both = base.family.predict(parts, (x * share).repeat(2, 1, 1, 1), t.expand(2 * len(x)), cond)
+        negative, positive = both.float().chunk(2)
+        predicted = negative + settings.cfg * (positive - negative)
+        if settings.velocity:  # x0 = a x_t - sqrt(1 - a^2) v with x_t = a x (Salimans and Ho 2022)
+            return x * share**2 - predicted * sigma * share
+        return x - sigma * predicted
+
+    shape = (4, settings.size[0] // 8, settings.size[1] // 8)
+
+    def noise(*key: object) -> torch.Tensor:
+        drawn = [torch.randn(shape, generator=generator(seed, "sample", *key)) for seed in seeds]
+        return torch.stack(drawn).to(device)
+
+    sigmas = sigmas_of(settings.schedule, table.cpu(), settings.steps).to(device)
+    begun = noise() * (1 + sigmas[0] ** 2).sqrt()
+    latents = SAMPLERS[settings.sampler](denoise, begun, sigmas, noise)
+    with visiting(parts.vae, device):
+        pixels = cast(Any, parts.vae).decode(latents / SCALING_FACTOR, return_dict=False)[0].float()
+    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return [Image.fromarray(image.numpy()) for image in levels.cpu()]
+
+
+def _encode(
+    base: Base, parts: Parts, texts: Sequence[str], settings: SampleSettings, device: torch.device
+) -> torch.Tensor:
+    """Return the conditioning (B, L, D) of texts with emphasis, as long as the longest needs."""
+    longest = max(len(weighted_ids(parts.tokenizer, text, parts.words)[0]) for text in texts)
+    ids, weights = base.family.tokenize_weighted(parts, texts, max(1, -(-longest // CHUNK)) * CHUNK)
+    with visiting(parts.text_encoder, device):
+        cond = base.family.encode_text(parts, ids.to(device), settings.clip_skip)
+    if bool((weights == 1).all()):
+        return cond
+    return emphasise(cond, weights.to(device), keep_mean=settings.keep_mean)
+
+
+def _check(settings: SampleSettings) -> None:
+    reason = None
+    if settings.sampler not in SAMPLERS:
+        reason = f"the sampler {settings.sampler[:30]!r} is none of {', '.join(SAMPLERS)}."
+    elif settings.schedule not in SCHEDULES:
+        reason = f"the schedule {settings.schedule[:30]!r} is none of {', '.join(SCHEDULES)}."
+    elif not 1 <= settings.steps <= 1000:
+        reason = "steps are 1 to 1000."
+    elif any(side % 8 or not 8 <= side <= 4096 for side in settings.size):
+        reason = "width and height are multiples of 8, at most 4096."
+    elif not 0 <= settings.cfg <= 100:
+        reason = "cfg is 0 to 100."
+    if reason:
+        raise LoraGraftError(
+            "LG-TOOL-005",
+            "No image can be drawn so.",
+            where=f"{settings.sampler} {settings.schedule}, {settings.steps} steps, {settings.size}",
+            why=reason,
+            fix="for instance sampler dpmpp_2m, schedule karras, 20 steps, 512 x 512",
+        )
