@@ -2,9 +2,9 @@
 
     python -m benchmarks.recognition [names ...] [--out FILE]
 
-The demo's data, steps and evaluation; each row changes only what its network or optimizer needs. Prints one line
-a row and writes them with machine and versions. A rate says that the way works on a small task; it says nothing
-about which way is the best on photographs.
+The demo's data, steps and evaluation; each row changes only what its network or optimizer needs. Prints one
+line a row and writes them with machine and versions. A rate says that the way works on a small task; it says
+nothing about which way is the best on photographs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .common import pack
 from .machine import machine
 
 BAR = 0.6
+FAST = {"learning_rate": 1e-2, "text_encoder_lr": 3e-3}
 ONE_RATE = {"learning_rate": 1.0, "text_encoder_lr": None}
 # Where the demo's rates do not suit: what a network with other scales needs to get as far in 300 steps.
 NETWORKS: Mapping[str, dict[str, Any]] = {
@@ -28,8 +29,8 @@ NETWORKS: Mapping[str, dict[str, Any]] = {
     "LoCon": {"algo": "locon", "conv_dim": 8, "conv_alpha": 8.0},
     "DoRA": {"dora_wd": True},
     "LoHa": {"algo": "loha", "network_dim": 8, "network_alpha": 8.0},
-    "LoKr": {"algo": "lokr", "factor": 4, "network_dim": 8, "network_alpha": 8.0},
-    "DyLoRA": {"algo": "dylora", "unit": 4},
+    "LoKr": {"algo": "lokr", "factor": 4, "network_dim": 16, "network_alpha": 16.0, **FAST},
+    "DyLoRA": {"algo": "dylora", "unit": 8, **FAST},
     "OFT": {"algo": "oft", "network_dim": 8},
     "BOFT": {"algo": "boft", "network_dim": 8},
     "GLoRA": {"algo": "glora"},
@@ -56,7 +57,30 @@ NO_BAR: Mapping[str, dict[str, Any]] = {
     "IA3": {"algo": "ia3", "learning_rate": 1e-2, "text_encoder_lr": 5e-3},
     "norms": {"train_norm": True, "network_dim": 1, "network_alpha": 1.0},
 }
-ROWS: Mapping[str, dict[str, Any]] = {**NETWORKS, **OPTIMIZERS, **NO_BAR}
+WHOLE = {"algo": "full", "preset": "everything", "save_as": "checkpoint", "network_train_unet_only": True}
+# All of the U-Net, saved as a model; DreamBooth beside images of another creature, at their own loss weight.
+WHOLES: Mapping[str, dict[str, Any]] = {
+    "fine-tune": {**WHOLE, "learning_rate": 1e-3, "text_encoder_lr": None},
+    "fine-tune with EMA": {**WHOLE, "learning_rate": 1e-3, "text_encoder_lr": None, "ema_decay": 0.99},
+    "DreamBooth": {
+        **WHOLE,
+        "learning_rate": 1e-3,
+        "text_encoder_lr": None,
+        "prior_loss_weight": 0.5,
+        "gradient_accumulation_steps": 2,
+    },
+}
+CLASS_BATCH = 4
+ROWS: Mapping[str, dict[str, Any]] = {**NETWORKS, **OPTIMIZERS, **WHOLES, **NO_BAR}
+
+
+def class_images(folder: Path) -> Any:
+    """Draw another creature; its pictures are the class that is to stay as it is."""
+    from loragraft.trainer import api
+    from loragraft.trainer.demo.creatures import OTHER_SEEDS
+    from loragraft.trainer.demo.make_dataset import write_dataset
+
+    return api.scan_folder(write_dataset(folder, OTHER_SEEDS[0]).parent, is_reg=True)
 
 
 def train(name: str, changes: Mapping[str, Any], out: Path) -> dict[str, Any]:
@@ -69,7 +93,10 @@ def train(name: str, changes: Mapping[str, Any], out: Path) -> dict[str, Any]:
     base = api.open_demo_base()
     settings = {**run.DATASET, **run.TRAINING, "save_every_n_steps": None, "preview_image": False}
     data, config = api.make_both({**settings, **changes, "output_name": f"demo_{name}"}, where=name)
-    train_set = api.build_train_set(api.scan_folder(api.demo_dataset()), data)
+    blocks = [api.Block(api.scan_folder(api.demo_dataset()), data)]
+    if name == "DreamBooth":
+        blocks.append(api.Block(class_images(out / "class"), data, CLASS_BATCH, keeps_pace=True))
+    train_set = api.freeze_blocks(blocks)
     places = api.Places(out / name / "runs", out / name, out / "cache")
     began, first, end, engine = time.perf_counter(), None, None, ""
     for event in api.train(base, train_set, config, places=places, device="cpu", fresh=True):
@@ -89,6 +116,7 @@ def train(name: str, changes: Mapping[str, Any], out: Path) -> dict[str, Any]:
         "seconds_per_step": round(seconds, 4),
         "seconds": round(time.perf_counter() - began, 1),
         "bytes": end.lora_file.stat().st_size,
+        "model_bytes": None if end.model_file is None else end.model_file.stat().st_size,
         "engine": engine,
         "changes": dict(changes),
         "loss_first_50": sum(end.losses[:50]) / 50,
@@ -98,24 +126,30 @@ def train(name: str, changes: Mapping[str, Any], out: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Train the named rows, or all; 1 where one with a bar stays below it."""
-    parser = argparse.ArgumentParser(description="Recognition of the demo character by network and optimizer.")
+    parser = argparse.ArgumentParser(
+        description="Recognition of the demo character by network and optimizer."
+    )
     parser.add_argument("names", nargs="*", help=f"rows; all: {', '.join(ROWS)}")
     parser.add_argument("--out", type=Path, default=Path("output/recognition"))
     arguments = parser.parse_args()
     import torch
 
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out / "recognition.json"
+    rows = {row["name"]: row for row in json.loads(file.read_text("utf-8"))["rows"]} if file.is_file() else {}
     results = []
     for name in arguments.names or ROWS:
         result = train(name, ROWS[name], arguments.out)
         results.append(result)
+        rows[name] = result
+        told = {"machine": machine(torch.get_num_threads()), "rows": list(rows.values())}
+        file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         print(
-            f"{name:18} recognised {result['recognised']:4.0%}, background {result['background_obeyed']:4.0%}, "
-            f"{result['seconds_per_step']:.3f} s a step, {result['bytes'] / 2**20:.2f} MiB, {result['engine']}",
+            f"{name:18} recognised {result['recognised']:4.0%}, "
+            f"background {result['background_obeyed']:4.0%}, {result['seconds_per_step']:.3f} s a step, "
+            f"{result['bytes'] / 2**20:.2f} MiB, {result['engine']}",
             flush=True,
         )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    file = arguments.out / "recognition.json"
-    file.write_text(json.dumps({"machine": machine(torch.get_num_threads()), "rows": results}, indent=1) + "\n", encoding="utf-8")
     low = [r["name"] for r in results if r["name"] not in NO_BAR and r["recognised"] < BAR]
     if low:
         print(f"below {BAR:.0%}: {', '.join(low)}", file=sys.stderr)

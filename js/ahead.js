@@ -2,9 +2,15 @@
 // blocks. The server computes it with the very functions that train, so that the picture cannot differ.
 
 import { short } from "./maths.js";
+import { settingsChain } from "./presets.js";
 
 const NS = "http://www.w3.org/2000/svg";
 const ROUTE = "/loragraft/ahead";
+// As in nodes/ahead.py.
+const BESIDE = [
+  ...["learning_rate", "unet_lr", "text_encoder_lr", "network_train_unet_only"],
+  ...["network_train_text_encoder_only", "optimizer_type", "optimizer_args", "scale_lr"],
+];
 const HEIGHT = 110;
 const WAIT = 400; // ms between two looks at the widgets; typing draws once
 
@@ -52,17 +58,29 @@ function bars(svg, answer, width, height) {
 export const valuesOf = (node) =>
   Object.fromEntries((node.widgets ?? []).filter((w) => w.serialize !== false && w.name).map((w) => [w.name, w.value]));
 
-/** The number of steps of the Train LoRA node that the settings lead to, else 1000. */
-export function stepsOf(node, seen = new Set()) {
-  if (!node || seen.has(node)) return 1000;
+/** The Train LoRA node that the settings lead to, or undefined. */
+export function trainOf(node, seen = new Set()) {
+  if (!node || seen.has(node)) return undefined;
   seen.add(node);
   for (const link of node.outputs?.flatMap((output) => output.links ?? []) ?? []) {
     const target = node.graph?.getNodeById?.(node.graph.links?.[link]?.target_id ?? node.graph.getLink?.(link)?.target_id);
-    const steps = target?.widgets?.find((w) => w.name === "max_train_steps")?.value;
-    if (steps) return steps;
-    if (target) return stepsOf(target, seen);
+    if (target?.widgets?.some((w) => w.name === "max_train_steps")) return target;
+    const further = trainOf(target, seen);
+    if (further) return further;
   }
-  return 1000;
+  return undefined;
+}
+
+/** The number of steps of the Train LoRA node that the settings lead to, else 1000. */
+export const stepsOf = (node) => trainOf(node)?.widgets.find((w) => w.name === "max_train_steps").value || 1000;
+
+/** What else a picture depends on: Train LoRA's rates, and what the other settings nodes say instead. */
+export function besideOf(node) {
+  const train = trainOf(node);
+  const all = {};
+  for (const other of train ? [train, ...settingsChain(train)] : [])
+    for (const [name, value] of Object.entries(valuesOf(other))) if (BESIDE.includes(name)) all[name] = value;
+  return all;
 }
 
 /** Put the picture on a node and keep it up to date; returns what stops that. */
@@ -93,7 +111,7 @@ export function addAhead(node, api) {
 
   async function look() {
     if (document.hidden || !host.isConnected) return;
-    const question = JSON.stringify({ node: node.comfyClass, values: valuesOf(node), steps: stepsOf(node) });
+    const question = JSON.stringify({ node: node.comfyClass, values: valuesOf(node), beside: besideOf(node), steps: stepsOf(node) });
     if (question === asked) return;
     asked = question;
     try {

@@ -5,6 +5,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { DRAWN, addAhead } from "./ahead.js";
+import { translateNested } from "./nested.js";
 import { PANEL_HEIGHT, createPanel } from "./panel.js";
 import { addPresets } from "./presets.js";
 import { BUSY, apply, begin, end, finish, newRun, pack, unpack } from "./runs.js";
@@ -191,6 +192,7 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("LoraGraft")) return;
+    translateNested(node);
     if (node.comfyClass in DRAWN) return addAhead(node, api);
     if (node.comfyClass === NODE) {
       addPresets(node, { api, words: words(), create: (kind) => LiteGraph.createNode(kind) });

@@ -4,6 +4,7 @@
 const ROUTE = "/loragraft/ahead";
 const PARTS = ["kind", "network", "memory"];
 const TRAIN = "LoraGraftTrainLoRA";
+const PASTED = "LoraGraftKohyaConfig"; // its settings stand in a text, where no widget can be filled in
 
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name || widget.name.endsWith(`.${name}`));
 
@@ -41,6 +42,10 @@ export function settingsChain(node) {
 /** Fill in what the server says: Train LoRA, the Build Dataset before it, and settings nodes, which are added where missing. */
 export function apply(node, found, create) {
   const missing = fillIn(node, found.train);
+  for (const other of settingsChain(node)) {
+    fillIn(other, found.train); // what is linked counts, and not the widget of Train LoRA
+    if (other.comfyClass === PASTED) missing.push(...Object.keys(found.train));
+  }
   const data = before(node, "train_set");
   if (data?.comfyClass === "LoraGraftBuildDataset") missing.push(...fillIn(data, found.dataset));
   else missing.push(...Object.keys(found.dataset));
@@ -59,11 +64,14 @@ export function apply(node, found, create) {
   return missing;
 }
 
+/** What a preset is called: in the page's language, or as the server says where that has no word for it. */
+export const titleOf = (words, name, title) => words[`preset_${name}`] ?? title;
+
 function select(words, part, options) {
   const element = document.createElement("select");
   element.title = words[`preset_${part}`];
   element.append(new Option(words[`preset_${part}`], ""));
-  for (const [name, title] of Object.entries(options)) element.append(new Option(title, name));
+  for (const [name, title] of Object.entries(options)) element.append(new Option(titleOf(words, name, title), name));
   return element;
 }
 

@@ -47,6 +47,11 @@ const TABLE = {
     preset_fill: "Fill in",
     preset_set: "Filled in. Change what you like.",
     preset_not_set: "Filled in, except what has no widget here:",
+    preset_character: "Character",
+    preset_style: "Style",
+    preset_concept: "Concept",
+    preset_locon: "LoCon: with convolutions",
+    preset_loha: "LoHa: a product of two networks",
   },
   zh: {
     zero: "仍全为零的张量：",
@@ -94,6 +99,11 @@ const TABLE = {
     preset_fill: "填入",
     preset_set: "已填入，可随意修改。",
     preset_not_set: "已填入，但这里没有以下控件：",
+    preset_character: "角色",
+    preset_style: "画风",
+    preset_concept: "概念",
+    preset_locon: "LoCon：带卷积",
+    preset_loha: "LoHa：两个网络之积",
   },
   "zh-TW": {
     zero: "仍全為零的張量：",
@@ -141,6 +151,11 @@ const TABLE = {
     preset_fill: "填入",
     preset_set: "已填入，可隨意修改。",
     preset_not_set: "已填入，但這裡沒有以下控制項：",
+    preset_character: "角色",
+    preset_style: "畫風",
+    preset_concept: "概念",
+    preset_locon: "LoCon：帶卷積",
+    preset_loha: "LoHa：兩個網路之積",
   },
   ru: {
     zero: "тензоров, которые всё ещё равны нулю:",
@@ -188,6 +203,11 @@ const TABLE = {
     preset_fill: "Заполнить",
     preset_set: "Заполнено. Меняйте что угодно.",
     preset_not_set: "Заполнено, кроме того, для чего здесь нет поля:",
+    preset_character: "Персонаж",
+    preset_style: "Стиль",
+    preset_concept: "Концепт",
+    preset_locon: "LoCon: со свёртками",
+    preset_loha: "LoHa: произведение двух сетей",
   },
 };
 

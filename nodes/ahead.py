@@ -16,15 +16,20 @@ from . import widgets
 
 MAX_QUESTION = 20_000  # letters
 MAX_STEPS = 200_000
+MAX_STEPS_OF_CLASSES = 20_000  # these can only be walked through, step by step
 POINTS = 400
+# What a curve depends on and no Schedule node has.
+RATES = ("learning_rate", "unet_lr", "text_encoder_lr", "network_train_unet_only")
+BESIDE = (*RATES, "network_train_text_encoder_only", "optimizer_type", "optimizer_args", "scale_lr")
 UNREADABLE = {"error": "This question cannot be read."}
 
 
 def answer(question: str) -> dict[str, Any]:
     """Answer a question in JSON; {"error"} in words where it cannot be.
 
-    {"node", "values", "steps"} is about a settings node: {"curve", "steps"} or {"bars"}. {"presets": [names]}
-    gives {"parts"} and, for the named ones, what to fill in where: see `_presets`.
+    {"node", "values", "beside", "steps"} is about a settings node: {"curve", "steps"} or {"bars"}; "beside"
+    holds what else a curve depends on, from Train LoRA and the nodes linked to it. {"presets": [names]} gives
+    {"parts"} and, for the named ones, what to fill in where: see `_presets`.
     """
     try:
         if len(question) > MAX_QUESTION:
@@ -33,26 +38,34 @@ def answer(question: str) -> dict[str, Any]:
         if "presets" in asked:
             return _presets([str(name) for name in asked["presets"]])
         group, draw = groups.GROUPS[asked["node"]], PICTURES[asked["node"]]
-        given = {str(name).split(".")[-1]: value for name, value in asked["values"].items()}
+        given, beside = (_flat(asked.get(key, {})) for key in ("values", "beside"))
         steps = max(1, int(asked["steps"]))
     except LoraGraftError as error:
         return {"error": str(error)}
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         return UNREADABLE
-    if steps > MAX_STEPS:
-        return {"error": f"No picture of more than {MAX_STEPS:,} steps."}
+    most = MAX_STEPS_OF_CLASSES if given.get("lr_scheduler_type") else MAX_STEPS
+    if steps > most:
+        return {"error": f"No picture of more than {most:,} steps."}
     try:
         values = groups.values_of(group, {name: v for name, v in given.items() if name in group.names})
+        if group is groups.SCHEDULE:
+            values |= widgets.settings(api.TrainConfig, {n: v for n, v in beside.items() if n in BESIDE})
         config = api.make(api.TrainConfig, {**values, "max_train_steps": steps}, where=group.title)
         return draw(config, steps)
     except LoraGraftError as error:
         return {"error": str(error)}
 
 
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return widgets by their settings' names; a choice's own widgets are called "choice.name"."""
+    return {str(name).split(".")[-1]: value for name, value in values.items()}
+
+
 def _curve(config: api.TrainConfig, steps: int) -> dict[str, Any]:
-    rates = api.learning_rate_curve(config, steps)
-    last, count = len(rates) - 1, min(POINTS, len(rates))
-    return {"curve": [rates[i * last // max(1, count - 1)] for i in range(count)], "steps": steps}
+    last, count = steps - 1, min(POINTS, steps)
+    at = [i * last // max(1, count - 1) for i in range(count)]
+    return {"curve": api.learning_rate_curve(config, steps, at), "steps": steps}
 
 
 def _bars(config: api.TrainConfig, steps: int) -> dict[str, Any]:

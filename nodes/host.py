@@ -81,9 +81,10 @@ def keeps_metadata() -> bool:
 
 
 def places() -> api.Places:
-    """Return where runs, finished LoRAs and the cache go."""
-    loras = Path(folder_paths.get_folder_paths("loras")[0])
-    return api.Places(runs=output_folder(), loras=loras, cache=own_folder() / "cache")
+    """Return where runs, finished LoRAs and models, and the cache go."""
+    kinds = ("loras", "checkpoints", "embeddings")
+    loras, models, words = (Path(folder_paths.get_folder_paths(kind)[0]) for kind in kinds)
+    return api.Places(output_folder(), loras, own_folder() / "cache", checkpoints=models, embeddings=words)
 
 
 def folders_file() -> Path:

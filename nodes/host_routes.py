@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ ROUTE = "/loragraft/ahead"
 def register(answer: Callable[[str], dict[str, Any]]) -> None:
     """Let the server that is being started answer GET questions with ``answer``."""
 
-    @PromptServer.instance.routes.get(ROUTE)
     async def ahead(request: web.Request) -> web.Response:
-        return web.json_response(answer(request.query.get("ask", "")))
+        # In a thread: the loop here serves everything that the page does.
+        return web.json_response(await asyncio.to_thread(answer, request.query.get("ask", "")))
+
+    PromptServer.instance.routes.get(ROUTE)(ahead)

@@ -13,6 +13,7 @@ from . import widgets
 from .sockets import Settings
 
 TITLE = "Kohya Config"
+PROMPTS = "sample_prompts"
 EXAMPLE = "--network_module=networks.lora --network_dim=32 --network_alpha=16 --learning_rate=1e-4"
 
 log = logging.getLogger("loragraft")
@@ -94,10 +95,16 @@ def _read(text: str) -> tuple[dict[str, Any], list[str]]:
     from ..trainer import api
 
     found = api.read_kohya(text, where=TITLE)
-    api.make_both(found.settings, where=TITLE)
+    # A file of prompts is not opened: Train LoRA has the prompts, and checks all of it again.
+    prompts = {"sample_prompts": ["prompt"]} if PROMPTS in found.places else {}
+    api.make_both({**found.settings, **prompts}, where=TITLE)
     known = api.TrainConfig.__dataclass_fields__
     own = {name: value for name, value in found.settings.items() if name in known}
-    notes = [*found.notes, *_elsewhere(found.places, "the loader nodes")]
+    places = {name: value for name, value in found.places.items() if name != PROMPTS}
+    notes = [*found.notes, *_elsewhere(places, "the loader nodes")]
+    if prompts:
+        file = found.places[PROMPTS]
+        notes.append(f"{PROMPTS} = {file}: write the file's lines into {PROMPTS} on Train LoRA.")
     return own, notes + _elsewhere({n: v for n, v in found.settings.items() if n not in own}, "Build Dataset")
 
 

@@ -6,8 +6,9 @@ whose ``settings`` output is linked to it, or to the next of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..trainer import checks, config
@@ -21,7 +22,8 @@ Settings = dict[str, Any]  # what flows between these nodes: settings by name, c
 class Group:
     """One settings node: ``choice`` is the setting whose value decides which of ``options`` are shown.
 
-    Saved workflows store the values of ``always`` by position: new ones go to the end.
+    A new node has the first of the options, so that has to be the setting's default. Saved workflows store
+    the values of ``always`` by position: new ones go to the end.
     """
 
     node_id: str
@@ -104,10 +106,10 @@ SCHEDULE = Group(
     ("lr_scheduler", "warmup", "restarts"),
     "lr_scheduler",
     {
+        "cosine": (),
         "constant": (),
         "constant_with_warmup": (),
         "linear": (),
-        "cosine": (),
         "cosine_with_restarts": ("lr_scheduler_num_cycles",),
         "polynomial": ("lr_scheduler_power",),
         "cosine_with_min_lr": ("lr_scheduler_min_lr_ratio",),
@@ -192,6 +194,15 @@ def told(linked: Mapping[str, Any], on_node: Mapping[str, Any]) -> list[str]:
     """Say which widgets of Train LoRA give way to linked settings of another value."""
     names = [n for n, value in linked.items() if n in on_node and on_node[n] != value]
     return [f"{n} = {linked[n]!r} from the linked settings, instead of {on_node[n]!r}" for n in names]
+
+
+def found_weights(run: config.TrainConfig, known: str, find: Callable[[str], Path]) -> config.TrainConfig:
+    """Return a run's config with the file that it starts from found by its name; ``known`` is found already.
+
+    The only way from a sweep's text to a file.
+    """
+    named = run.network_weights
+    return run if named in ("", known) else replace(run, network_weights=str(find(named)))
 
 
 def inputs_of(io: Any, group: Group) -> list[Any]:

@@ -151,7 +151,10 @@ class TrainLoRA(io.ComfyNode):
         workflow = _workflow(cls.hidden.extra_pnginfo)
         head = {"node": str(cls.hidden.unique_id), "workflow": workflow.get("id")}
         live = Live(host.send, host.view, head, runs=[(r.config.output_name, r.label) for r in runs])
-        jobs = [(train_set, run.config) for run in runs] or [(train_set, config)]
+        configs = [
+            settings_groups.found_weights(run.config, config.network_weights, host.lora_file) for run in runs
+        ]
+        jobs = [(train_set, each) for each in configs or [config]]
         finished = _train(model, clip, vae, jobs, workflow, existing_run == AFRESH, live)
         for number, end in finished.items():
             if end.reused:
@@ -231,6 +234,8 @@ def _train(
                 pace.take(number, event)
                 if isinstance(event, api.Finished):
                     finished[number] = event
+                    if event.model_file is not None:
+                        log.info("The whole model: %s", event.model_file)
                     continue
                 name = f"[{jobs[number][1].output_name}] " if len(jobs) > 1 else ""
                 if isinstance(event, api.Failed):

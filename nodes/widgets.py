@@ -134,6 +134,7 @@ STEPS = {
     "lr_warmup_steps": 0.01,
     "lr_decay_steps": 0.01,
     "embedding_lr": 1e-4,
+    "ema_decay": 1e-4,
     "huber_c": 0.01,
     "block_lr_zero_threshold": 0.05,
     "scale_weight_norms": 0.1,

@@ -38,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer.fit", "trainer.loop"),
     ("trainer.milestones",),
     ("trainer.rollback", "trainer.samples", "trainer.saving", "trainer.validation"),
-    ("trainer.costs",),
+    ("trainer.costs", "trainer.whole_model"),
     ("trainer.run", "trainer.publish"),
     ("trainer.losses", "trainer.origin", "trainer.tools"),
     (

@@ -96,7 +96,7 @@ class RunFolder:
 
     def open(self) -> None:
         """Create and lock the folder and sweep what a crash left; raises LG-RUN-003 if it is held."""
-        _check_space(self.path, 0)
+        check_space(self.path, 0)
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
@@ -158,7 +158,7 @@ class RunFolder:
         if existing is not None and existing.resumable:
             return existing
         needed = sum(t.numel() * t.element_size() for t in (*lora.values(), *state.values()))
-        _check_space(self.path, needed)
+        check_space(self.path, needed)
         try:
             try:
                 self._write(target, lora, metadata, state, info)
@@ -175,8 +175,7 @@ class RunFolder:
                 why="the disk or its connection changed the data.",
                 fix="check the disk; queueing again continues from the newest earlier checkpoint",
             )
-        with contextlib.suppress(OSError):  # the save is done; what could not be dropped is next time
-            self._drop_old_states(keeps_state)
+        self.drop_old_states(keeps_state)
         return saved
 
     def drop(self, step: int) -> None:
@@ -234,8 +233,15 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 file.unlink()
 
+    def drop_old_states(self, keeps_state: Callable[[int], bool]) -> None:
+        """Keep the newest training states, and wished ones; of older checkpoints the LoRA stays.
+
+        What cannot be deleted now is next time.
+        """
+        with contextlib.suppress(OSError):
+            self._drop_old_states(keeps_state)
+
     def _drop_old_states(self, keeps_state: Callable[[int], bool]) -> None:
-        """Keep the newest training states, and wished ones; of older checkpoints the LoRA stays."""
         found = [c for f in self._folders() if (f / STATE).exists() and (c := verified(f)) is not None]
         resumable = sorted((c for c in found if c.resumable), key=lambda c: c.step)
         kept = [c for i, c in enumerate(reversed(resumable)) if i < KEEP_STATES or keeps_state(c.step)]
@@ -294,7 +300,8 @@ def disk_refusal(error: OSError, place: Path, needed: int = 0) -> LoraGraftError
     )
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int) -> None:
+    """Raise LG-SAVE-001 where less than ``needed`` bytes and a reserve are free."""
     free = _free_bytes(folder)
     if free is not None and free < needed + SPARE_BYTES:
         raise _disk_full(folder, needed, free)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -21,9 +22,9 @@ from .engine.steps import Eager, Fused, Rows, Tensors
 from .engine.swap import frozen
 from .inputs import Fed
 from .losses import micro_losses
+from .optim.build import state_bytes
 from .run import Run
 
-ADAMW_BYTES = 8  # two moments of each trained number
 LATENT_CHANNELS = 4
 
 
@@ -106,7 +107,7 @@ def costs_of_runs(largest: Largest, found: Sequence[nn.Module], footprints: Foot
     runs, parts = largest.runs, largest.runs[0].parts
     flat = flat_of(runs[0])
     values = sum(p.numel() for run in runs for p in run.parameters) if flat is None else flat.values.numel()
-    held = 4 + ADAMW_BYTES
+    held = 4 + max(math.ceil(state_bytes(run.config, run.precision.device)) for run in runs)
     if flat is not None:  # gradients stay, and so does a working copy of another dtype, with its own
         held += 4 + (0 if flat.work is flat.values else 2 * flat.work.element_size())
     elif len(runs) > 1:  # one run's gradients wait while the next one's are computed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -36,7 +36,11 @@ class Cached:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step; ``step`` counts from 1, ``epoch`` from 1; ``avr_loss`` as kohya counts it."""
+    """One optimizer step; ``step`` counts from 1, ``epoch`` from 1; ``avr_loss`` as kohya counts it.
+
+    ``key_norms`` is there with scale_weight_norms: keys_scaled, and average and maximum of the updates'
+    lengths after it, under kohya's names.
+    """
 
     step: int
     total_steps: int
@@ -46,6 +50,7 @@ class Step:
     learning_rates: dict[str, float]
     grad_norm: float
     seconds: float
+    key_norms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ class Finished:
     """The product: the published LoRA file and where everything else lies.
 
     ``validations`` are pairs of step and loss; ``best_step`` is the saved step of the lowest one.
+    ``model_file`` is the whole model, where that is made too.
     """
 
     lora_file: Path
@@ -117,6 +123,7 @@ class Finished:
     checkpoints: tuple[Path, ...]
     validations: tuple[tuple[int, float], ...] = ()
     best_step: int | None = None
+    model_file: Path | None = None
 
 
 @dataclass(frozen=True)

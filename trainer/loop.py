@@ -19,20 +19,21 @@ from typing import NamedTuple
 
 import torch
 
-from .checkpoint import Checkpoint, disk_refusal
+from .checkpoint import Checkpoint, check_space, disk_refusal
 from .engine.spill import SpillGuard
 from .engine.steps import Micro
 from .events import Event, Finished, Note, Planned, Step
 from .milestones import Milestones, best_line
 from .optim.rates import logged_rates, set_learning_rates
 from .plan import average_loss, step_losses
-from .publish import publish, published_name
+from .publish import publish, publish_embeddings, published_name
 from .rollback import Diverged, Safety, exploded, not_finite
 from .run import Job, Run, planned_lines, restore, share_state
 from .runlog import RunLog, write_settings
 from .samples import draw_preview
-from .saving import best_step, describe, save
+from .saving import Shelf, best_step, describe, most_models, save
 from .trends import Measure
+from .whole_model import model_bytes, model_name, write_model
 
 
 class Answer(NamedTuple):
@@ -102,11 +103,22 @@ Lane = Generator[Event | Micro, Answer | None, None]
 
 @dataclass(frozen=True)
 class Places:
-    """Where a run writes: run folders, published LoRA files, and the cache of encoded data."""
+    """Where a run writes: run folders, published LoRA files, the cache of encoded data, and what is rarer.
+
+    Without ``checkpoints``, whole models go into a folder of that name beside that of the LoRA files; without
+    ``embeddings``, trained words go beside the LoRA files.
+    """
 
     runs: Path
     loras: Path
     cache: Path
+    checkpoints: Path | None = None
+    embeddings: Path | None = None
+
+    @property
+    def models(self) -> Path:
+        """The folder of whole models."""
+        return self.checkpoints or self.loras.parent / "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -123,23 +135,48 @@ class Product:
         job = self.job
         return published_name(self.places.loras, job.config, job.run_id, job.words, job.folder.preview)
 
+    @property
+    def shelf(self) -> Shelf:
+        """The folders in which the files appear."""
+        whole = self.job.config.save_as == "checkpoint"
+        places = self.places
+        return Shelf(places.loras, places.embeddings or places.loras, places.models if whole else None)
+
+    def check(self) -> None:
+        """Raise LG-SAVE-005 for a name that is taken and must not be numbered."""
+        job, models, name = self.job, self.shelf.models, self.name
+        if models is not None:
+            model_name(models, name, job.config, job.run_id)
+
+    def check_disk(self) -> None:
+        """Raise LG-SAVE-001 where the whole models that the run may write would not fit."""
+        models = self.shelf.models
+        if models is not None:
+            check_space(models, most_models(self.job) * model_bytes(self.job.base, self.job.config))
+
     def make(
         self, last: Checkpoint, losses: Sequence[float], measures: Sequence[Measure], *, reused: bool
     ) -> Finished:
-        """Publish the LoRA of ``last`` and describe the end of the run."""
-        job, folder = self.job, self.job.folder
+        """Publish the LoRA of ``last``, and the whole model where it is wanted; describe the run's end."""
+        job, folder, name, models = self.job, self.job.folder, self.name, self.shelf.models
+        texts = describe(job, last.step, last.remarks())
         file = publish(
             self.places.loras,
-            self.name,
+            name,
             last,
-            describe(job, last.step, last.remarks()),
+            texts,
             job.words,
             self.workflow,
             folder.preview,
             unless_there=reused,
         )
+        publish_embeddings(self.shelf.embeddings, name, last, texts)
         files = tuple(c.lora_file for c in folder.checkpoints() if c.step <= last.step)
         ended = Finished(file, folder.path, last.step, job.words, tuple(losses), reused, files)
+        if models is not None:
+            own = model_name(models, name, job.config, job.run_id)
+            whole = write_model(models, own, job.base, last, job.config, texts, self.workflow)
+            ended = replace(ended, model_file=whole)
         return replace(ended, **best_step(folder, last, measures))
 
 
@@ -170,6 +207,7 @@ def begin(run: Run, job: Job, newest: Checkpoint | None) -> None:
 
 def _train(run: Run, product: Product, resumed: Checkpoint | None, runs: int) -> Lane:
     plan, job = run.plan, product.job
+    product.check_disk()
     write_settings(run.folder.path, run.train_set, run.config, run.base)
     with RunLog(run.folder.path, run.step, last_measured(run), run.config.log_with) as log:
         lines = [*planned_lines(run, resumed, runs), *_earlier_lines(job)]
@@ -191,7 +229,7 @@ def _train(run: Run, product: Product, resumed: Checkpoint | None, runs: int) ->
         run.world.wait_turns(0)
         for note in run.inputs.cache.notes:
             yield Note(note)
-        after = Milestones(run, job, product.places.loras, lambda: product.name, log)
+        after = Milestones(run, job, product.shelf, lambda: product.name, log)
         safety, spill = Safety(run), SpillGuard()
         try:
             yield from after.before_first_step() if resumed is None else after.catch_up()
@@ -264,7 +302,19 @@ def step_event(run: Run, result: StepResult) -> Step:
         rates,
         result.grad_norm,
         result.seconds,
+        _key_norms(run),
     )
+
+
+def _key_norms(run: Run) -> dict[str, float]:
+    lengths = run.adapter.lengths
+    if lengths is None:
+        return {}
+    return {
+        "keys_scaled": lengths.scaled,
+        "average_key_norm": lengths.mean,
+        "maximum_key_norm": lengths.largest,
+    }
 
 
 def _spill_note(guard: SpillGuard, run: Run, event: Step) -> str | None:

@@ -61,16 +61,23 @@ NOT_IN_HASH = (
 )
 
 
+# Settings at their defaults are left out, so that a new setting leaves runs that were begun before it as they
+# are. Where a default, or what a setting means, changes, this number has to.
+HASH_VERSION = 2
+
+
 def run_hash(
     base: Base, train_set: TrainSet, config: TrainConfig, total_steps: int | None, precision: str
 ) -> str:
     """Identify a run by all that its tensors depend on; ``total_steps`` None if they do not on it."""
-    settings = {k: v for k, v in as_dict(config).items() if k not in NOT_IN_HASH}
-    for key in ("max_train_steps", "max_train_epochs", "mixed_precision"):
-        del settings[key]
+    left_out = (*NOT_IN_HASH, "max_train_steps", "max_train_epochs", "mixed_precision")
+    usual = as_dict(TrainConfig())
+    settings = {k: v for k, v in as_dict(config).items() if k not in left_out and v != usual[k]}
     if config.network_weights:  # the run depends on the content, wherever it lies
         settings["network_weights"] = tensor_hash(read_tensors(Path(config.network_weights)))
-    content = compact([settings, total_steps, precision, train_set.fingerprint, base.weights_hash])
+    content = compact(
+        [HASH_VERSION, settings, total_steps, precision, train_set.fingerprint, base.weights_hash]
+    )
     return hashlib.sha256(content.encode()).hexdigest()
 
 

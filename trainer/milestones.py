@@ -7,7 +7,6 @@ later because a stop came in between, leads to the same files.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from .checkpoint import verified
 from .events import Event, Note, Saved, Validated
@@ -16,7 +15,7 @@ from .progress import validation_line
 from .run import Job, Run
 from .runlog import RunLog
 from .samples import are_due, draw_samples
-from .saving import mark_best, publish_on_the_way, save, save_is_due, thin_out
+from .saving import Shelf, mark_best, publish_on_the_way, save, save_is_due, state_rule, thin_out
 from .trends import RISES, Measure, best, overfits_from
 from .validation import validate
 
@@ -24,11 +23,11 @@ from .validation import validate
 class Milestones:
     """The run's measures, saves and samples; ``saved_step`` is the newest step that is on the disk.
 
-    ``name`` returns the name under which the LoRA is published in ``loras``.
+    ``name`` returns the name under which the LoRA is published in the folders of ``shelf``.
     """
 
-    def __init__(self, run: Run, job: Job, loras: Path, name: Callable[[], str], log: RunLog) -> None:
-        self.run, self.job, self.loras, self.name, self.log = run, job, loras, name, log
+    def __init__(self, run: Run, job: Job, shelf: Shelf, name: Callable[[], str], log: RunLog) -> None:
+        self.run, self.job, self.shelf, self.name, self.log = run, job, shelf, name, log
         self.saved_step = run.step
 
     def before_first_step(self) -> Iterator[Event]:
@@ -49,6 +48,7 @@ class Milestones:
     def catch_up(self) -> Iterator[Event]:
         """Do what a stop left undone after the step that the run continues at; it is saved."""
         saves = save_is_due(self.run)
+        self.run.folder.drop_old_states(state_rule(self.run, self.job))
         yield from self._measure(saves)
         if saves:
             self._keep_house()
@@ -88,8 +88,8 @@ class Milestones:
         if job.config.publish_checkpoints:
             here = verified(run.folder.path / "ckpt" / f"step-{run.step:06d}")
             if here is not None:
-                publish_on_the_way(self.loras, self.name(), job, here)
-        for step in thin_out(run, job, self.loras, self.name):
+                publish_on_the_way(self.shelf, self.name(), job, here)
+        for step in thin_out(run, job, self.shelf, self.name):
             self.log.lines([f"step {run.step}: the save of step {step} was dropped"])
 
 

@@ -1,7 +1,8 @@
 """Settings of the form pattern=number for single modules, with patterns that cannot take for ever.
 
 Workflows are untrusted, and some regular expressions need exponential time. So a group cannot be repeated,
-nothing looks around or back, and at most three parts repeat without bound; names of modules are short.
+nothing looks around or back, at most three parts repeat without bound, and at most eight places are a choice
+of two; names of modules are short.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 LONGEST = 200
-REPEATS = 3
+REPEATS, CHOICES = 3, 8
 _GROUP_REPEATED = re.compile(r"\)\s*[*+{]")
 _UNBOUNDED = re.compile(r"(?<!\\)(?:\\\\)*(?:[*+]|\{\d*,\d*\}|\{\d{2,}\})")
+_AROUND = re.compile(r"^\^?\.\*(?![?+])|(?<!\\)\.\*\$?$")
+# "x?", and "|" wherever it stands: each doubles the ways to try a name. Not "(?:" and "*?".
+_CHOICE = re.compile(r"(?<![\\(*+?}])\?|\|")
+_BEGINNING = re.compile(r"\^\(\?:[\w|]+\)")  # bound to the name's start, it is tried once
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,15 @@ def _rule(item: str) -> Rule:
     if not math.isfinite(value):
         raise ValueError(f"'{number[:30]}' after the pattern is no number")
     # What surrounds a pattern that is only looked for changes nothing but the time.
-    inner = text.removeprefix("^.*").removeprefix(".*").removesuffix("$").removesuffix(".*")
-    inner = text if text.endswith("$") and not text.endswith(".*$") else inner
+    inner = _AROUND.sub("", text)
     if len(inner) > LONGEST:
         raise ValueError(f"the pattern is longer than {LONGEST} characters")
     if _GROUP_REPEATED.search(inner) or re.search(r"\(\?[^:]|\\[1-9]", inner):
         raise ValueError(f"'{text[:60]}' repeats a group or looks around, which can take for ever")
     if len(_UNBOUNDED.findall(inner)) > REPEATS:
         raise ValueError(f"'{text[:60]}' has more than {REPEATS} repeated parts, which can take for ever")
+    if len(_CHOICE.findall(_BEGINNING.sub("", inner))) > CHOICES:
+        raise ValueError(f"'{text[:60]}' has more than {CHOICES} of ? and |, which can take for ever")
     try:
         return Rule(text, re.compile(inner), value)
     except (re.error, OverflowError, RecursionError) as error:

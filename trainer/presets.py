@@ -48,6 +48,7 @@ SUBJECT: dict[str, Row] = {
     "network_dim": (32, "S1, training 1: usually 32 is enough"),
     "network_alpha": (16.0, "S1, training 1: 0.25 to 0.5 of network_dim"),
     "lr_scheduler": ("cosine", "S3, lr_scheduler: cosine is recommended"),
+    "lr_scheduler_num_cycles": (1, "cosine has no restarts; another preset may have left some"),
     "keep_tokens": (1, "S4, keep_tokens: where the subject's name is the first tag"),
 }
 KINDS: dict[str, tuple[str, dict[str, Row]]] = {

@@ -155,8 +155,21 @@ def _shown(text: str) -> str:
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
     lines: list[str] = []
     for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
+        first, *more = _pieces(word, font, width)
+        if lines and font.getlength(f"{lines[-1]} {first}") <= width:
+            lines[-1] += f" {first}"
         else:
-            lines.append(word)
+            lines.append(first)
+        lines += more
     return lines or [""]
+
+
+def _pieces(word: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+    """Break a word that is wider than a line, behind an underscore where there is one, as in file names."""
+    pieces = []
+    while font.getlength(word) > width and len(word) > 1:
+        fits = next((n for n in range(len(word) - 1, 1, -1) if font.getlength(word[:n]) <= width), 1)
+        cut = word.rfind("_", 0, fits) + 1 or fits
+        pieces.append(word[:cut])
+        word = word[cut:]
+    return [*pieces, word]

@@ -60,11 +60,10 @@ def publish(
     ``unless_there`` leaves a file alone that says the same of the same tensors, whatever its workflow, and
     what lies beside it.
     """
-    _sweep(loras, name)
+    sweep(loras, name)
     file = loras / f"{name}{SUFFIX}"
     tensors = read_tensors(checkpoint.lora_file)
     metadata = with_hashes(texts, tensors)
-    _publish_embeddings(loras, name, checkpoint, texts)
     is_there = (
         unless_there
         and file.exists()
@@ -105,11 +104,10 @@ def checkpoint_name(loras: Path, wished: str, run_id: str) -> str:
 
 def publish_checkpoint(loras: Path, name: str, checkpoint: Checkpoint, texts: Mapping[str, str]) -> Path:
     """Write <name>.safetensors from a verified checkpoint, unless it is there and says the same."""
-    _sweep(loras, name)
+    sweep(loras, name)
     file = loras / f"{name}{SUFFIX}"
     tensors = read_tensors(checkpoint.lora_file)
     metadata = with_hashes(texts, tensors)
-    _publish_embeddings(loras, name, checkpoint, texts)
     if not file.exists() or read_metadata(file) != metadata:
         write_safetensors(file, tensors, metadata)
     return file
@@ -124,17 +122,17 @@ def delete_published(loras: Path, wished: str, run_id: str) -> None:
             file.unlink(missing_ok=True)
 
 
-def _publish_embeddings(loras: Path, name: str, checkpoint: Checkpoint, texts: Mapping[str, str]) -> None:
+def publish_embeddings(folder: Path, name: str, checkpoint: Checkpoint, texts: Mapping[str, str]) -> None:
     """Write <name>-<word>.safetensors for each trained word, as webui and ComfyUI read embeddings."""
     for word, rows in checkpoint.embeddings().items():
         run_id = texts["loragraft_run"]
-        file = loras / f"{checkpoint_name(loras, f'{name}-{word}', run_id)}{SUFFIX}"
+        file = folder / f"{checkpoint_name(folder, f'{name}-{word}', run_id)}{SUFFIX}"
         metadata = {"loragraft_run": run_id, BELONGS_TO: name, "loragraft_word": word}
         metadata["ss_steps"] = texts["ss_steps"]
         write_safetensors(file, {EMBEDDING: rows}, metadata)
 
 
-def _sweep(loras: Path, name: str) -> None:
+def sweep(loras: Path, name: str) -> None:
     """Remove what a killed process left half-written under this name."""
     for suffix in (SUFFIX, WORDS, PREVIEW):
         start = temporary_start(f"{name}{suffix}")

@@ -73,14 +73,16 @@ class RunLog:
         finite = {k: None if _is_infinite(v) else v for k, v in dataclasses.asdict(event).items()}
         self._jsonl.write(json.dumps(finite) + "\n")
         self._jsonl.flush()
-        self.lines(
-            [f"step {event.step}/{event.total_steps} loss {event.loss:.5f} avr_loss {event.avr_loss:.5f}"]
-        )
+        norms = "".join(f" {name} {value:.4g}" for name, value in event.key_norms.items())
+        steps = f"step {event.step}/{event.total_steps}"
+        self.lines([f"{steps} loss {event.loss:.5f} avr_loss {event.avr_loss:.5f}{norms}"])
         if self._board is not None:
             self._board.add_scalar("loss/current", event.loss, event.step)
             self._board.add_scalar("loss/average", event.avr_loss, event.step)
             for part, rate in event.learning_rates.items():
                 self._board.add_scalar(f"lr/{part}", rate, event.step)
+            for name, value in event.key_norms.items():
+                self._board.add_scalar(f"max_norm/{name}", value, event.step)
 
     def validated(self, event: Validated) -> None:
         """Record one validation, image by image."""

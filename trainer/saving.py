@@ -19,10 +19,11 @@ from .config import TrainConfig
 from .events import Saved
 from .optim.find import optimizer_name
 from .plan import Plan, is_due, save_every_epochs
-from .publish import checkpoint_name, delete_published, publish_checkpoint
+from .publish import checkpoint_name, delete_published, publish_checkpoint, publish_embeddings
 from .run import Job, Run, as_used, training_facts, training_state
 from .safefile import write_text
 from .trends import Measure, best
+from .whole_model import write_model
 
 BEST = "best.json"
 
@@ -55,17 +56,22 @@ def save(run: Run, job: Job) -> Saved:
         **({"origin": [job.origin.run, job.origin.step]} if job.origin else {}),
         **training_facts(run),
     }
-    states = Kept(job.config, job.plan, states=True)
     checkpoint = run.folder.save(
         run.step,
         lora,
         metadata.with_hashes(texts, lora),
         training_state(run),
         info,
-        keeps_state=lambda step: states.by_rule(step, run.step),
+        keeps_state=state_rule(run, job),
     )
     zero = count_zero({k: v for k, v in lora.items() if not k.endswith(".alpha")})
     return Saved(run.step, checkpoint.folder, checkpoint.lora_file, len(lora), zero)
+
+
+def state_rule(run: Run, job: Job) -> Callable[[int], bool]:
+    """Return a function that says of which steps the training state stays, beside the newest ones."""
+    rule = Kept(job.config, job.plan, states=True)
+    return lambda step: rule.by_rule(step, run.step)
 
 
 def remarks_of(run: Run, job: Job) -> dict[str, str]:
@@ -151,16 +157,46 @@ def names_of(name: str, step: int, config: TrainConfig, plan: Plan) -> list[str]
     return names
 
 
-def publish_on_the_way(loras: Path, name: str, job: Job, checkpoint: Checkpoint) -> list[Path]:
-    """Put a save into the loras folder under its names; a file of others' is left and a number appended."""
+@dataclass(frozen=True)
+class Shelf:
+    """Where a run's files appear: LoRAs, trained embeddings, and whole models where these are made too."""
+
+    loras: Path
+    embeddings: Path
+    models: Path | None
+
+    @property
+    def folders(self) -> list[Path]:
+        """All folders, each once."""
+        found = (self.loras, self.embeddings, self.models)
+        return list(dict.fromkeys(folder for folder in found if folder is not None))
+
+
+def publish_on_the_way(shelf: Shelf, name: str, job: Job, checkpoint: Checkpoint) -> list[Path]:
+    """Put a save into the folders under its names; a file of others' is left and a number appended."""
     texts = describe(job, checkpoint.step, checkpoint.remarks())
-    return [
-        publish_checkpoint(loras, checkpoint_name(loras, wished, job.run_id), checkpoint, texts)
-        for wished in names_of(name, checkpoint.step, job.config, job.plan)
-    ]
+    written = []
+    for wished in names_of(name, checkpoint.step, job.config, job.plan):
+        own = checkpoint_name(shelf.loras, wished, job.run_id)
+        written.append(publish_checkpoint(shelf.loras, own, checkpoint, texts))
+        publish_embeddings(shelf.embeddings, own, checkpoint, texts)
+        if shelf.models is not None:
+            own = checkpoint_name(shelf.models, wished, job.run_id)
+            written.append(write_model(shelf.models, own, job.base, checkpoint, job.config, texts))
+    return written
 
 
-def thin_out(run: Run, job: Job, loras: Path, name: Callable[[], str]) -> list[int]:
+def most_models(job: Job) -> int:
+    """Return how many whole models a run may come to have beside each other."""
+    if job.config.save_as != "checkpoint":
+        return 0
+    total, kept = job.plan.total_steps, Kept(job.config, job.plan)
+    return 1 + sum(
+        len(names_of("", step, job.config, job.plan)) for step in range(1, total) if kept.by_rule(step, total)
+    )
+
+
+def thin_out(run: Run, job: Job, shelf: Shelf, name: Callable[[], str]) -> list[int]:
     """Drop the saves that need not stay, and their published files; return their steps.
 
     The best, the newest, and those with a training state to keep stay.
@@ -175,7 +211,8 @@ def thin_out(run: Run, job: Job, loras: Path, name: Callable[[], str]) -> list[i
             continue
         with suppress(OSError):  # tried again at the next save
             for published in names_of(name(), step, job.config, job.plan):
-                delete_published(loras, published, job.run_id)
+                for folder in shelf.folders:
+                    delete_published(folder, published, job.run_id)
             if not checkpoint.resumable:
                 run.folder.drop(step)
                 dropped.append(step)

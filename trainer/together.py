@@ -266,7 +266,7 @@ def _open_folder(product: Product, fresh: bool) -> tuple[Finished | None, Checkp
     """Lock the run's folder; return its product if it is finished, else the checkpoint to continue from."""
     job, folder = product.job, product.job.folder
     metadata.with_workflow({}, product.workflow)  # what cannot be kept at the end is refused at the start
-    product.name  # noqa: B018 - likewise a name that is taken
+    product.check()  # likewise a name that is taken
     try:
         folder.open()
         if fresh:

@@ -11,7 +11,7 @@ import pytest
 from loragraft_tests.browser.conftest import Open
 from loragraft_tests.comfyui.harness import Comfy
 from loragraft_tests.comfyui.node_table import NODES as TABLE
-from loragraft_tests.comfyui.workflows import WIDGETS
+from loragraft_tests.comfyui.sheet import DYNAMIC, WIDGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = list(TABLE)
@@ -53,7 +53,7 @@ def test_titles_and_widgets_are_translated(open_comfy: Open, language: str) -> N
         for name, number in zip(NODES, ids, strict=True):
             assert page.ask("node(a[0]).title", number) == wanted[name]["display_name"]
             for widget, label in page.ask("labels(a[0])", number):
-                entry = wanted[name].get("inputs", {}).get(widget)
+                entry = wanted[name].get("inputs", {}).get(widget.replace(".", "_"))
                 assert entry is None or label == entry["name"], f"{name}.{widget} reads {label}"
         train = ids[NODES.index("LoraGraftTrainLoRA")]
         page.wait("phase(a[0]) === 'idle'", train)
@@ -70,6 +70,15 @@ def test_the_running_page_changes_language(open_comfy: Open) -> None:
         page.wait("part(app.rootGraph.nodes[0].id, 'phase') === a[0]", "尚未训练")
 
 
+def inputs_of(groups: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a schema by the key of their texts; what a choice shows is "choice_name"."""
+    found = {**groups.get("required", {}), **groups.get("optional", {})}
+    for name, (kind, options) in list(found.items()):
+        for option in options["options"] if kind == DYNAMIC else ():
+            found |= {f"{name}_{key}": spec for key, spec in inputs_of(option["inputs"]).items()}
+    return found
+
+
 def test_locales_fit_the_live_schema(server: Comfy) -> None:
     """Every input and output that ComfyUI knows has an entry, and no entry is left over."""
     info = {name: schema for name, schema in server.object_info().items() if name.startswith("LoraGraft")}
@@ -78,7 +87,7 @@ def test_locales_fit_the_live_schema(server: Comfy) -> None:
     for language in LANGUAGES:
         for name, schema in info.items():
             entry = defs(language)[name]
-            inputs = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}
+            inputs = inputs_of(schema["input"])
             extra = (
                 {"control_after_generate"}
                 if any(s[1].get("control_after_generate") for s in inputs.values())

@@ -8,7 +8,8 @@ from loragraft_tests.browser.conftest import Open
 
 RENDERERS = pytest.mark.parametrize("nodes2", [False, True], ids=["canvas", "nodes2"])
 ALL = ("Network", "Blocks", "Optimizer", "Schedule", "Loss", "Text", "Saving", "KohyaConfig")
-SET, GET, NAMES = "setValue(a[0], a[1], a[2])", "value(a[0], a[1])", "names(a[0])"
+SET, GET = "setValue(a[0], a[1], a[2])", "value(a[0], a[1])"
+NAMES, LABELS = "names(a[0])", "labels(a[0])"
 
 
 @RENDERERS
@@ -16,7 +17,9 @@ def test_a_schedule_is_drawn_and_follows_its_widgets(open_comfy: Open, nodes2: b
     with open_comfy(nodes2=nodes2) as page:
         schedule, blocks = page.build("LoraGraftSchedule", "LoraGraftBlocks")
         page.frame()
-        page.wait("count('.loragraft-ahead path.rate') === 1 && probe.count('.loragraft-ahead rect.bar') === 25")
+        page.wait(
+            "count('.loragraft-ahead path.rate') === 1 && probe.count('.loragraft-ahead rect.bar') === 25"
+        )
         before = page.ask("attribute('.loragraft-ahead path.rate', 'd')")
         page.ask(SET, schedule, "lr_scheduler", "cosine_with_restarts")
         page.ask(SET, schedule, "lr_scheduler.lr_scheduler_num_cycles", 4)
@@ -38,7 +41,8 @@ def test_every_settings_node_can_be_seen(open_comfy: Open, nodes2: bool) -> None
         names = page.ask(NAMES, ids[0])
         assert "algo" in names and "algo.conv_dim" in names and "algo.factor" not in names
         page.ask(SET, ids[0], "algo", "lokr")
-        assert "algo.factor" in page.ask(NAMES, ids[0])
+        assert dict(page.ask(LABELS, ids[0]))["algo.factor"] == "LoKr 因子"
+        assert page.ask(GET, ids[ALL.index("Schedule")], "lr_scheduler") == "cosine"
         page.shoot(f"settings-{'nodes2' if nodes2 else 'canvas'}")
         assert page.our_errors() == []
 

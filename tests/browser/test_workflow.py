@@ -130,12 +130,38 @@ def test_an_error_is_shown_on_the_node(open_comfy: Open) -> None:
         page.shoot("demo-failed")
 
 
-def test_every_example_opens_without_missing_parts(open_comfy: Open) -> None:
-    with open_comfy() as page:
+@pytest.mark.parametrize("nodes2", [False, True], ids=["canvas", "nodes2"])
+def test_every_example_opens_without_missing_parts(open_comfy: Open, nodes2: bool) -> None:
+    with open_comfy(nodes2=nodes2) as page:
         for file in sorted((ROOT / "example_workflows").glob("*.json")):
             graph = json.loads(file.read_text("utf-8"))
             page.load(graph)
             unknown = page.ask("unknown()")
             assert unknown == [], file.name
+            page.frame()
+            nodes = page.ask("app.rootGraph.nodes.map(n => [`${n.id} ${n.title}`, ...n.getBounding()])")
+            frames = page.ask("app.rootGraph.groups.map(g => [g.title, ...g._bounding])")
+            assert overlaps(nodes) == [] and overlaps(frames) == [], file.name
+            assert straddlers(nodes, frames) == [], file.name
             assert (file.with_suffix(".jpg")).is_file(), f"{file.name} has no thumbnail"
-        assert page.our_errors() == []
+        assert page.our_errors() == [] and page.dialogs == []
+
+
+def overlaps(boxes: list[Any]) -> list[Any]:
+    """List the pairs of boxes [name, left, top, width, height] that share some of their area."""
+    return [(a[0], b[0]) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if meet(a, b)]
+
+
+def straddlers(nodes: list[Any], frames: list[Any]) -> list[Any]:
+    """List the nodes that lie in a frame with a part of them only."""
+    return [(n[0], f[0]) for n in nodes for f in frames if meet(n, f) and not within(n, f)]
+
+
+def meet(a: list[Any], b: list[Any]) -> bool:
+    """Say whether two boxes share some of their area."""
+    return all(a[k] < b[k] + b[k + 2] and b[k] < a[k] + a[k + 2] for k in (1, 2))
+
+
+def within(a: list[Any], b: list[Any]) -> bool:
+    """Say whether the first box lies in the second."""
+    return all(b[k] <= a[k] and a[k] + a[k + 2] <= b[k] + b[k + 2] for k in (1, 2))

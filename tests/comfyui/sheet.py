@@ -33,9 +33,9 @@ class Sheet:
         self.links: list[list[Any]] = []
         self.groups: list[dict[str, Any]] = []
 
-    def note(self, text: str, pos: Place, size: Place) -> int:
+    def note(self, text: str, pos: Place, size: Place, title: str = "") -> int:
         """Add a note in Markdown; return its id."""
-        return self._append("MarkdownNote", pos, size, [], [], [text])
+        return self._append("MarkdownNote", pos, size, [], [], [text], title)
 
     def add(
         self,
@@ -47,7 +47,7 @@ class Sheet:
         title: str = "",
         mode: int = 0,
     ) -> int:
-        """Add a node and return its id; widgets not named keep their defaults, "a.b" is what choice a shows."""
+        """Add a node and return its id; widgets not named keep their defaults, a.b is shown by choice a."""
         given = dict(values or {})
         chosen: dict[str, Any] = {}
         inputs, widgets = [], []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from loragraft.trainer import api
 from loragraft.trainer.families import ldm_keys
@@ -111,3 +114,45 @@ def test_the_graph_gives_the_headless_lora(
     # what stays is the LoRA on the outputs, not a second copy of the weights (4.3 GB)
     assert after["tensors"] - before["tensors"] < 200
     assert after["now"] - before["now"] < 500
+
+
+def picture(server: Comfy, graph: dict[str, Any], prefix: str) -> np.ndarray[Any, Any]:
+    """Draw two steps of a small picture from ``base``'s sockets, natively."""
+    drawing = prompts.native_prompt(None, prefix=prefix, steps=2, width=256, height=256)
+    last = "lora" if "lora" in graph else "base"
+    drawing |= graph
+    drawing["sampled"]["inputs"]["model"] = [last, 0]
+    for name in ("positive", "negative"):
+        drawing[name]["inputs"]["clip"] = [last, 1]
+    (image,) = server.run(drawing, timeout_s=900)["save"]["images"]
+    return np.asarray(Image.open(io.BytesIO(server.view(image))).convert("RGB")).astype(int)
+
+
+def test_the_native_loader_reads_a_finetuned_model(server: Comfy, base: api.Base, images: Path) -> None:
+    """Some layers are enough: training all of them takes 14 GB."""
+    models = server.base / "models"
+    places = api.Places(server.base / "runs", models / "loras", server.base / "cache", models / "checkpoints")
+    whole = {"algo": "full", "preset": "everything", "save_as": "checkpoint", "network_train_unet_only": True}
+    chosen = {"train_modules": ["conv_in$", "mid_block.*attn2", "norm"], "learning_rate": 1e-3}
+    data, config = api.make_both({**DATASET, **SETTINGS, **whole, **chosen, "output_name": "finetuned"})
+    train_set = api.build_train_set(api.scan_folder(images), data)
+    (*_, finished) = api.train(base, train_set, config, places=places, device="cpu")
+    assert isinstance(finished, api.Finished) and finished.model_file is not None
+    size = finished.model_file.stat().st_size
+    assert 2.1e9 < size < 2.2e9, "the base in half precision"
+    model = {"base": prompts.node("CheckpointLoaderSimple", ckpt_name="finetuned.safetensors")}
+    lora = prompts.node(
+        "LoraLoader",
+        model=["base", 0],
+        clip=["base", 1],
+        lora_name="finetuned.safetensors",
+        strength_model=1.0,
+        strength_clip=1.0,
+    )
+    alone = picture(server, model, "model")
+    with_file = picture(server, {**BASE, "lora": lora}, "file")
+    plain = picture(server, BASE, "plain")
+    finished.model_file.unlink()
+    assert "lora key not loaded" not in server.log
+    assert np.abs(plain - with_file).max() > 3 * np.abs(alone - with_file).max()
+    assert np.abs(alone - with_file).mean() < 1, "but for the files' half precision"

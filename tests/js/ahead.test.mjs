@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { linePath, stepsOf, valuesOf } from "../../js/ahead.js";
+import { besideOf, linePath, stepsOf, valuesOf } from "../../js/ahead.js";
 
 test("a line runs from left to right between zero and its largest value", () => {
   assert.equal(linePath([0, 1, 0.5], 10, 100), "M0.0 100.0L5.0 0.0L10.0 50.0");
@@ -41,4 +41,16 @@ test("a row that runs in a circle ends", () => {
   graph.nodes[1].outputs[0].links = [7];
   graph.links[7] = { target_id: 0 };
   assert.equal(stepsOf(graph.nodes[0]), 1000);
+});
+
+test("the rates are those of Train LoRA, and of a settings node where one says otherwise", () => {
+  const graph = chain(2, 250);
+  const [schedule, train] = graph.nodes;
+  train.widgets.push({ name: "learning_rate", value: 3e-4 }, { name: "output_name", value: "x" });
+  assert.deepEqual(besideOf(schedule), { learning_rate: 3e-4 });
+  train.inputs = [{ name: "settings", link: 5 }];
+  graph.links[5] = { origin_id: 2 };
+  graph.nodes.push({ graph, widgets: [{ name: "learning_rate", value: 1 }, { name: "optimizer_type", value: "Prodigy" }] });
+  assert.deepEqual(besideOf(schedule), { learning_rate: 1, optimizer_type: "Prodigy" });
+  assert.deepEqual(besideOf(chain(1).nodes[0]), {});
 });

@@ -3,7 +3,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { apply, before, fillIn, settingsChain } from "../../js/presets.js";
+import { apply, before, fillIn, settingsChain, titleOf } from "../../js/presets.js";
+import { strings } from "../../js/strings.js";
 
 function node(graph, id, comfyClass, widgets, inputs = []) {
   const made = {
@@ -58,6 +59,21 @@ test("a settings node that stands there already is used", () => {
   assert.equal(value(settingsChain(train)[0], "algo"), "locon");
 });
 
+test("a linked node's widget of the same name is filled in too, for it is the one that counts", () => {
+  const { train, graph } = scene();
+  const schedule = node(graph, 7, "LoraGraftSchedule", ["network_dim"], ["settings"]);
+  schedule.connectSlots(schedule.outputs[0], train, train.inputs[1]);
+  assert.deepEqual(apply(train, { train: { network_dim: 6 }, dataset: {}, nodes: {} }, null), []);
+  assert.equal(value(schedule, "network_dim"), 6);
+});
+
+test("settings that a pasted config overrides are told", () => {
+  const { train, graph } = scene();
+  const pasted = node(graph, 7, "LoraGraftKohyaConfig", ["config"], ["settings"]);
+  pasted.connectSlots(pasted.outputs[0], train, train.inputs[1]);
+  assert.deepEqual(apply(train, { train: { network_dim: 6 }, dataset: {}, nodes: {} }, null), ["network_dim"]);
+});
+
 test("what has no widget is told", () => {
   const { train, graph, create } = scene();
   graph.links = {};
@@ -78,4 +94,9 @@ test("a row that runs in a circle ends", () => {
   one.connectSlots(one.outputs[0], one, one.inputs[0]);
   assert.equal(settingsChain(train).length, 1);
   assert.equal(before(one, "nothing"), undefined);
+});
+
+test("presets are called by words of the page's language, and a new one as the server says", () => {
+  assert.equal(titleOf(strings("ru"), "style", "Style"), "Стиль");
+  assert.equal(titleOf(strings("zh"), "8gb", "8 GB"), "8 GB");
 });

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from loragraft.nodes import settings_groups as groups
 from loragraft.trainer import api
 from loragraft.trainer.config import TrainConfig, info_of
 from loragraft.trainer.errors import LoraGraftError
+from loragraft.trainer.sweep import read_sweep, sweep_runs
 
 GROUPS = list(groups.GROUPS.values())
 
@@ -31,7 +33,8 @@ def test_no_setting_stands_on_two_settings_nodes() -> None:
 @pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.title)
 def test_a_choice_shows_something_for_each_of_its_values(group: groups.Group) -> None:
     if group.choice:
-        assert tuple(group.options) == info_of(TrainConfig, group.choice).choices
+        assert set(group.options) == set(info_of(TrainConfig, group.choice).choices)
+        assert next(iter(group.options)) == getattr(TrainConfig(), group.choice), "a new node has the first"
     assert not set(group.always) & {name for names in group.options.values() for name in names}
 
 
@@ -69,8 +72,25 @@ def test_linked_settings_count_and_are_told() -> None:
     ]
 
 
-def ask(node: str, values: Any, steps: Any = 100) -> dict[str, Any]:
-    return ahead.answer(json.dumps({"node": node, "values": values, "steps": steps}))
+def test_a_file_that_a_sweep_names_is_looked_for_by_its_name() -> None:
+    axes = read_sweep("network_weights: ../a.safetensors, b.safetensors")
+    named = [run.config for run in sweep_runs(axes, TrainConfig(network_weights="/loras/b.safetensors"))]
+    asked: list[str] = []
+
+    def find(name: str) -> Path:
+        asked.append(name)
+        return Path("/loras") / Path(name).name
+
+    found = [groups.found_weights(run, "/loras/b.safetensors", find).network_weights for run in named]
+    assert asked == [run.network_weights for run in named]
+    assert all(Path(path).parent == Path("/loras") for path in found)
+    plain = TrainConfig(network_weights="/loras/b.safetensors")
+    assert groups.found_weights(plain, "/loras/b.safetensors", find) is plain
+    assert groups.found_weights(TrainConfig(), "", find) == TrainConfig()
+
+
+def ask(node: str, values: Any, steps: Any = 100, **beside: Any) -> dict[str, Any]:
+    return ahead.answer(json.dumps({"node": node, "values": values, "steps": steps, "beside": beside}))
 
 
 def test_the_schedule_is_drawn_with_the_functions_that_train() -> None:
@@ -79,6 +99,18 @@ def test_the_schedule_is_drawn_with_the_functions_that_train() -> None:
     assert answer["steps"] == 100 and curve[0] == 0.0 and max(curve) == pytest.approx(1e-4, rel=0.02)
     assert len(ask("LoraGraftSchedule", {}, steps=100_000)["curve"]) == ahead.POINTS
     assert curve[-1] < 0.02 * max(curve)
+
+
+def test_the_curve_has_the_rates_and_the_optimizer_of_the_other_nodes() -> None:
+    plain = {"learning_rate": 3e-4, "unet_lr": -1, "text_encoder_lr": -1, "sample_prompts": "x"}
+    assert max(ask("LoraGraftSchedule", {}, **plain)["curve"]) == 3e-4
+    assert max(ask("LoraGraftSchedule", {}, **plain | {"unet_lr": 5e-4})["curve"]) == 5e-4
+    one = plain | {"learning_rate": 1.0}
+    assert "far too high" in ask("LoraGraftSchedule", {}, **one)["error"]
+    assert max(ask("LoraGraftSchedule", {}, **one, optimizer_type="Prodigy")["curve"]) == 1.0
+    own = {"optimizer_type": "Adafactor"}
+    assert max(ask("LoraGraftSchedule", {"lr_scheduler": "adafactor"}, **own)["curve"]) == 1e-2
+    assert ask("LoraGraftBlocks", {}, **plain | {"learning_rate": 0.0})["bars"][0][1] == 1
 
 
 def test_a_nested_widget_counts() -> None:

@@ -65,6 +65,7 @@ def test_asked_again_it_is_found_again_and_a_stop_changes_nothing(training: runs
     assert runs.only(longer, api.Planned).first_step == 7, "and it can itself go on"
 
 
+@pytest.mark.slow
 def test_it_takes_the_longest_one_that_is_shorter(training: runs.Training) -> None:
     for steps in (2, 5, 9):
         training.finish(**{**SHORT, "max_train_steps": steps})
@@ -72,6 +73,7 @@ def test_it_takes_the_longest_one_that_is_shorter(training: runs.Training) -> No
     assert runs.only(events, api.Planned).first_step == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [{"seed": 1}, {"network_dim": 2}, {"learning_rate": 1e-4}])
 def test_runs_of_other_settings_are_left(training: runs.Training, other: dict[str, Any]) -> None:
     training.finish(**{**SHORT, **other})
@@ -81,6 +83,7 @@ def test_runs_of_other_settings_are_left(training: runs.Training, other: dict[st
     assert any("no earlier run" in line for line in planned.lines)
 
 
+@pytest.mark.slow
 def test_without_being_asked_it_starts_afresh_and_says_that_it_could(training: runs.Training) -> None:
     straight = training.elsewhere("straight").finish(**LONG)
     training.finish(**SHORT)
@@ -112,6 +115,7 @@ def test_a_run_or_one_save_of_it_can_be_named(training: runs.Training) -> None:
     assert other != runs.only(events, api.Finished).run_folder
 
 
+@pytest.mark.slow
 def test_its_measures_come_along_but_its_saves_are_not_the_best_here(
     training: runs.Training, tmp_path: Path
 ) -> None:
@@ -157,12 +161,17 @@ def forged(folder: Path, change: Any) -> None:
     ("change", "said"),
     [
         (lambda info: info.update(base="0" * 64), "another base"),
-        (lambda info: info.update(plan=[5, 1, 4]), "other batches"),
-        (lambda info: info.update(plan="x"), "other batches"),
+        *(
+            pytest.param(change, said, marks=pytest.mark.slow)
+            for change, said in (
+                (lambda info: info.update(plan=[5, 1, 4]), "other batches"),
+                (lambda info: info.update(plan="x"), "other batches"),
+                (lambda info: info.update(measures=[[1]]), "does not fit"),
+                (lambda info: info.update(measures={"a": 1}), "does not fit"),
+                (lambda info: info.update(rolled_back=7), "does not fit"),
+            )
+        ),
         (lambda info: info.pop("plan"), "other batches"),
-        (lambda info: info.update(measures=[[1]]), "does not fit"),
-        (lambda info: info.update(measures={"a": 1}), "does not fit"),
-        (lambda info: info.update(rolled_back=7), "does not fit"),
         (lambda info: info.update(rolled_back=["x", "y"]), "does not fit"),
     ],
 )
@@ -173,6 +182,7 @@ def test_a_state_of_any_content_is_refused(training: runs.Training, change: Any,
         training.events(**LONG, resume=folder.name)
 
 
+@pytest.mark.slow
 def test_states_of_any_content_do_not_disturb_the_search(training: runs.Training) -> None:
     folder = training.finish(**SHORT).run_folder
     for name, content in (("a", "{"), ("b", "[]"), ("c", "[" * 100_000), ("d", '{"kin": 1}'), ("e", "")):
@@ -187,6 +197,7 @@ def test_states_of_any_content_do_not_disturb_the_search(training: runs.Training
     assert runs.only(events, api.Planned).first_step == 4
 
 
+@pytest.mark.slow
 def test_a_damaged_or_finished_run_cannot_be_named(training: runs.Training) -> None:
     folder = training.finish(**SHORT).run_folder
     with Refusal("LG-CFG-004", "step 4", "max_train_steps"):

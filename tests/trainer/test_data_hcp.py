@@ -138,6 +138,10 @@ def test_the_dreambooth_example(root: Path) -> None:
     kinds = Counter(batch.indices[0] >= classes.first for batch in batches)
     assert kinds == {False: 2, True: 2}, "as many batches of class images as of training images"
     assert {batch.loss_weights for batch in batches if batch.indices[0] >= classes.first} == {(0.5,)}
+    for epoch in range(5):
+        batches = plan_epoch(train_set, 1, 0, epoch)
+        turns = [batch.indices[0] >= classes.first for batch in batches]
+        assert turns == [False, True] * 2, "one of each, in this order: two micro-batches are a step"
 
 
 def test_one_caption_file_for_all(root: Path) -> None:

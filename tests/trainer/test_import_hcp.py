@@ -145,10 +145,31 @@ def test_patterns(layer: str, area: str, inside: str, outside: str) -> None:
 def test_the_guides_fine_tuning_file_and_its_changes(tmp_path: Path) -> None:
     imported, config = read(tmp_path, GUIDE)
     assert (config.algo, config.unet_lr, config.network_train_unet_only) == ("full", 1e-6, True)
+    assert (config.preset, config.save_as, config.train_batch_size) == ("everything", "checkpoint", 4)
     assert (config.max_train_epochs, config.tokenizer_repeats) == (20, 1)
     assert imported.places["dataset_config"] == str(tmp_path / "cat.yaml")
     _, changed = read(tmp_path, GUIDE, "train.train_epochs=10", "unet.0.lr=2e-6", "model.clip_skip=1")
     assert (changed.max_train_epochs, changed.unet_lr, changed.clip_skip) == (10, 2e-6, 2)
+
+
+def test_a_step_with_class_images(tmp_path: Path) -> None:
+    """One batch of each dataset is a step: two micro-batches, and their images count for scale_lr."""
+    classes = "  dataset_class: {batch_size: 1, loss_weight: 0.5, source: {a: {img_root: class/}}}\n"
+    imported, config = read(tmp_path, GUIDE + classes)
+    assert (config.train_batch_size, config.gradient_accumulation_steps) == (4, 2)
+    assert config.max_grad_norm == 0.5 and not config.scale_lr
+    assert config.unet_lr == pytest.approx(5e-6), "the rate of the file times 4 + 1 images"
+    assert any("multiplied by the 5 images of a step" in note for note in imported.notes)
+    two = ["unet=[{lr: 1e-6, layers: ['']}, {lr: 2e-6, layers: ['re:.*attn1$']}]", "train.scale_lr=true"]
+    _, config = read(tmp_path, GUIDE + classes, *two)
+    assert sorted({float(e.rpartition("=")[2]) for e in config.network_reg_lrs}) == [5e-6, 1e-5]
+
+
+def test_an_average_of_the_weights(tmp_path: Path) -> None:
+    _, config = read(tmp_path, GUIDE, "model.ema_unet=0.999")
+    assert config.ema_decay == 0.999, "the text encoder is not trained, and needs no decay"
+    _, config = read(tmp_path, LORA, "model.ema_unet=0.99", "model.ema_text_encoder=0.99")
+    assert config.ema_decay == 0.99
 
 
 def test_a_base_file_that_lies_beside_is_read(tmp_path: Path) -> None:
@@ -183,7 +204,8 @@ def test_values(tmp_path: Path, override: str, settings: dict[str, Any]) -> None
         ("train.scheduler.name=wavy", "LG-IMP-002", "cosine"),
         ("train.train_step=10", "LG-CFG-001", "train_steps"),
         ("modle.clip_skip=1", "LG-CFG-001", "model"),
-        ("model.ema_unet=0.99", "LG-IMP-002", "ema_unet: 0"),
+        ("model.ema_unet=0.99", "LG-IMP-002", "both the same number"),
+        ("model.ema_unet=many", "LG-CFG-003", "ema_unet: 0.9999"),
         ("ckpt_type=torch", "LG-IMP-002", "safetensors"),
         ("plugin_unet={a: 1}", "LG-IMP-002", "remove it"),
         ("tokenizer_pt.train=[{name: pt1, lr: 1e-3}]", "LG-IMP-002", "train_embeddings"),

@@ -66,7 +66,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, tokenizer
 
 @pytest.fixture(scope="module")
 def straight(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], str]:
-    """Return the files of a run that nothing happened to, and the kinds of its calls that changed the disk."""
+    """Return the files of a run that nothing happened to, and the kinds of its calls to the disk."""
     root = tmp_path_factory.mktemp("straight")
     done = server.train(root)
     assert done["code"] == 0

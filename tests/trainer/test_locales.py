@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from loragraft.nodes import widgets
+from loragraft.nodes.settings_groups import GROUPS, Group
+from loragraft.trainer.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ("en", "zh", "zh-TW", "ru")
@@ -31,7 +33,8 @@ NODES = (
 TABLES = {"LoraGraftBuildDataset": widgets.dataset_widgets(), "LoraGraftTrainLoRA": widgets.train_widgets()}
 # The frontend reads these as vue-i18n messages, in which they are syntax.
 SYNTAX = re.compile(r"[{}@|]")
-SIMPLIFIED, TRADITIONAL = set("训练图类词损学习层缩显"), set("訓練圖類詞損學習層縮顯")
+# Character sets that lack the signs of the other script.
+SCRIPTS = {"zh": "gb2312", "zh-TW": "big5"}
 
 
 def leaves(value: Any, path: str = "") -> dict[str, str]:
@@ -63,6 +66,37 @@ def test_every_setting_has_an_entry(node: str) -> None:
             assert widget.name in entry["tooltip"], f"{lang} {widget.name}"
 
 
+def keys_of(group: Group) -> dict[str, str]:
+    """Return {key: setting} of a settings node's widgets.
+
+    What a choice shows is a widget called "algo.conv_dim"; the frontend looks for its texts under that name
+    with "_" for ".".
+    """
+    shown = {f"{group.choice}_{name}": name for names in group.options.values() for name in names}
+    return {name: name for name in (group.choice, *group.always) if name} | shown
+
+
+@pytest.mark.parametrize("group", GROUPS.values(), ids=lambda group: group.node_id)
+def test_every_setting_of_the_settings_nodes_has_an_entry(group: Group) -> None:
+    table = {w.name: w for w in widgets.widgets_of(TrainConfig, group.names)}
+    node, keys = DEFS["en"][group.node_id], keys_of(group)
+    assert (node["display_name"], node["description"]) == (group.title, group.description)
+    assert node["inputs"].keys() == {*keys, "settings"}
+    for key, name in keys.items():
+        assert node["inputs"][key] == {"name": name, "tooltip": table[name].tooltip}
+        for lang in OTHERS:
+            assert name in DEFS[lang][group.node_id]["inputs"][key]["tooltip"], f"{lang} {name}"
+
+
+@pytest.mark.parametrize("lang", OTHERS)
+def test_a_setting_is_called_the_same_on_every_node(lang: str) -> None:
+    on_train = DEFS[lang]["LoraGraftTrainLoRA"]["inputs"]
+    for group in GROUPS.values():
+        for key, name in keys_of(group).items():
+            if name in on_train:
+                assert DEFS[lang][group.node_id]["inputs"][key] == on_train[name]
+
+
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_texts_can_be_shown(lang: str) -> None:
     for path, text in {**leaves(DEFS[lang]), **leaves(MAIN[lang])}.items():
@@ -78,12 +112,12 @@ def test_nothing_stayed_english(lang: str) -> None:
             assert text != english[path], f"{lang} {path}"
 
 
-def test_the_two_chinese_scripts_are_not_mixed_up() -> None:
-    for folder, wrong in (("zh", TRADITIONAL - SIMPLIFIED), ("zh-TW", SIMPLIFIED - TRADITIONAL)):
-        texts = [json.dumps(DEFS[folder], ensure_ascii=False), json.dumps(MAIN[folder], ensure_ascii=False)]
-        texts += [page.read_text("utf-8") for page in (ROOT / "js" / "docs").glob(f"*/{folder}.md")]
-        for text in texts:
-            assert not wrong & set(text), f"{folder}: {wrong & set(text)}"
+@pytest.mark.parametrize("lang", SCRIPTS)
+def test_the_two_chinese_scripts_are_not_mixed_up(lang: str) -> None:
+    texts = [json.dumps(DEFS[lang], ensure_ascii=False), json.dumps(MAIN[lang], ensure_ascii=False)]
+    texts += [page.read_text("utf-8") for page in (ROOT / "js" / "docs").glob(f"*/{lang}.md")]
+    for sign in sorted(set(re.findall("[\u4e00-\u9fff]", "".join(texts)))):
+        assert sign.encode(SCRIPTS[lang], "ignore"), f"{lang}: {sign}"
 
 
 @pytest.mark.parametrize("node", [f"LoraGraft{name}" for name in NODES])
@@ -101,7 +135,7 @@ def test_help_page(node: str, lang: str) -> None:
 
 def test_help_pages_name_only_what_exists() -> None:
     source = "".join(p.read_text("utf-8") for d in ("nodes", "trainer") for p in (ROOT / d).rglob("*.py"))
-    known = {name for node in DEFS["en"].values() for name in node.get("inputs", {})}
+    known = {entry["name"] for node in DEFS["en"].values() for entry in node.get("inputs", {}).values()}
     known |= {output["name"] for node in DEFS["en"].values() for output in node["outputs"].values()}
     for page in (ROOT / "js" / "docs").glob("*/*.md"):
         text = page.read_text("utf-8")

@@ -67,6 +67,28 @@ def test_a_pattern_that_fits_nothing_is_refused_with_names_that_exist() -> None:
         ranks(rules=tuple(rules(["lora_unet_linaer=8"])))
 
 
+@pytest.mark.parametrize("pattern", [".?" * 40 + "Z", "(.|..)" * 20 + "Z", "(?:a|b)" * 9, "[ab]?" * 9])
+def test_patterns_of_many_choices_are_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="more than 8 of"):
+        rules([f"{pattern}=4"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("^(?:down|mid|up|in|out|time|a|b|c|d).*(to_q|to_k|to_v)(?:\\.|$)", "down.to_q"),
+        (".*?attn[12]??.*", "x.attn1"),
+        ("^.*to_q$", "x.to_q"),
+        ("a\\.*", "a.."),
+        (".*", "x"),
+    ],
+)
+def test_patterns_of_few_choices_are_read(pattern: str, name: str) -> None:
+    (rule,) = rules([f"{pattern}=4"])
+    assert rule.fits(name)
+    assert rule.fits("to_q_b") == (pattern == ".*")
+
+
 def test_a_butterfly_that_cannot_be_is_refused_with_the_smallest_that_can() -> None:
     parts = networks.layers()
     parts.denoiser.linear = nn.Linear(24, 24)

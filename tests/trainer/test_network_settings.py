@@ -68,6 +68,9 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"preset": "attn-mlp", "conv_dim": 4}, ("conv_dim", "attn-mlp", "full or unet-only")),
     ({"conv_alpha": 1.0}, ("conv_alpha", "conv_dim")),
     ({"conv_block_alphas": TWENTY_FIVE}, ("conv_block_alphas", "conv_block_dims")),
+    ({"conv_dim": 4, "network_train_text_encoder_only": True}, ("conv_dim", "denoiser is not trained")),
+    ({"block_dims": TWENTY_FIVE, "unet_lr": 0.0}, ("block_dims", "denoiser is not trained")),
+    ({"train_norm": True, "unet_lr": 0.0}, ("train_norm", "denoiser is not trained")),
 ]
 BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"algo": "dylora", "unit": 5, "network_dim": 32}, ("unit", "network_dim 32", "'4'")),

@@ -12,7 +12,7 @@ from torch import nn
 from loragraft.trainer import api
 from loragraft.trainer.engine.flat import is_elementwise
 from loragraft.trainer.engine.inside import StepInBackward
-from loragraft.trainer.optim.build import advice, build_optimizer
+from loragraft.trainer.optim.build import advice, build_optimizer, state_bytes
 from loragraft.trainer.optim.find import available, find, missing, optimizer_name, options
 from loragraft.trainer.optim.groups import Group
 from loragraft.trainer.optim.modes import averaged
@@ -435,3 +435,9 @@ def test_the_tests_see_what_the_extra_brings() -> None:
     if importlib.util.find_spec("pytorch_optimizer") is None:
         pytest.skip("pip install pytorch_optimizer")
     assert {KNOWN[name].package for name in HERE} >= BROUGHT - {"dadaptation"}
+
+
+@pytest.mark.parametrize(("name", "expected"), [("AdamW", 8.0), ("Lion", 4.0), ("SGDNesterov", 4.0)])
+def test_what_an_optimizer_keeps_is_measured(name: str, expected: float) -> None:
+    config = api.make(api.TrainConfig, {"optimizer_type": name, "learning_rate": 1e-4})
+    assert state_bytes(config, torch.device("cpu")) == expected

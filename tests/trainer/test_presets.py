@@ -31,6 +31,11 @@ def test_every_combination_builds_a_valid_config_and_every_value_has_its_source(
     assert all(len(source) > 8 for source in preset.sources.values())
 
 
+@pytest.mark.parametrize("part", [KINDS, {n: (t, rows) for n, (t, _, rows) in NETWORKS.items()}, MEMORIES])
+def test_a_preset_leaves_nothing_of_another_one_of_its_part(part: dict[str, tuple[str, Any]]) -> None:
+    assert len({frozenset(rows) for _, rows in part.values()}) == 1
+
+
 def test_the_parts_are_named_once_each() -> None:
     presets = api.presets()
     assert len(presets) == len(KINDS) + len(NETWORKS) + len(MEMORIES) == 8

@@ -118,6 +118,14 @@ def test_no_label_makes_a_grid_fail(labels: list[str]) -> None:
         assert sheet.width < 2000 and sheet.height < 20_000
 
 
+def test_a_long_file_name_stays_beside_the_pictures() -> None:
+    name = "creature_algo_lokr_network_dim32_network_alpha16_conv_dim4_conv_alpha2_learning_rate0.0025"
+    sheet = grid([[cell("red"), cell("red")]], [name], ["a", "b"])
+    left, top, _, bottom = places_of(sheet, (255, 0, 0))
+    pictures = np.asarray(sheet)[top:bottom, left:].astype(int)
+    assert (pictures.sum(axis=2) >= 255).all(), "nothing dark is drawn between or over the pictures"
+
+
 def test_grids_of_one_and_of_many_and_of_mixed_sizes() -> None:
     assert grid([[cell("red")]], ["a"], ["b"]).size >= (64, 48)
     mixed = grid([[cell("red", (10, 90)), cell("blue", (90, 10))]], ["a"], ["b", "c"])

@@ -45,7 +45,7 @@ def rates(events: list[api.Event]) -> list[tuple[int, float]]:
     return [(e.step, e.learning_rates["denoiser"]) for e in runs.of(events, api.Step)]
 
 
-@pytest.mark.parametrize("engine", ["eager", "fused"])
+@pytest.mark.parametrize("engine", [pytest.param("eager", marks=pytest.mark.slow), "fused"])
 def test_it_goes_back_to_the_newest_save_and_on_at_half_the_rate(
     training: runs.Training, poison: Callable[..., None], engine: str
 ) -> None:
@@ -73,7 +73,7 @@ def test_it_goes_back_to_the_newest_save_and_on_at_half_the_rate(
     assert reused.reused and "loragraft_rolled_back" in api.lora_metadata(reused.lora_file)
 
 
-@pytest.mark.parametrize("engine", ["eager", "fused"])
+@pytest.mark.parametrize("engine", ["eager", pytest.param("fused", marks=pytest.mark.slow)])
 def test_without_a_save_it_goes_back_to_the_start(
     training: runs.Training, poison: Callable[..., None], engine: str
 ) -> None:
@@ -104,6 +104,7 @@ def test_it_can_be_told_to_end_the_first_time(training: runs.Training, poison: C
         training.events(**OPTIONS, on_divergence="stop")
 
 
+@pytest.mark.slow
 def test_a_run_that_went_back_continues_bit_exact(
     training: runs.Training, poison: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +144,7 @@ def test_an_explosion_goes_back_too(training: runs.Training, monkeypatch: pytest
     assert note.text.startswith("The loss exploded at step 5. Rolled back to step 3")
 
 
+@pytest.mark.slow
 def test_a_real_explosion_is_noticed(training: runs.Training, monkeypatch: pytest.MonkeyPatch) -> None:
     """Predictions a thousand times too large, step after step: the loss itself says so."""
     real_step, real_predict = loop.train_step, SD15.predict
@@ -169,6 +171,7 @@ def test_a_real_explosion_is_noticed(training: runs.Training, monkeypatch: pytes
     assert steps == [*range(1, 29), *range(21, 41)]
 
 
+@pytest.mark.slow
 def test_samples_measures_and_saves_after_it_are_those_of_the_new_way(
     training: runs.Training, poison: Callable[..., None]
 ) -> None:
@@ -180,6 +183,7 @@ def test_samples_measures_and_saves_after_it_are_those_of_the_new_way(
     assert [e.step for e in runs.of(events, api.Saved)] == [3, 6, 8]
 
 
+@pytest.mark.slow
 def test_one_of_several_runs_goes_back_alone(training: runs.Training, poison: Callable[..., None]) -> None:
     configs = [runs.settings(**OPTIONS, seed=seed, output_name=f"r{seed}") for seed in (1, 2)]
     real = loop.train_step

@@ -93,3 +93,15 @@ def test_tensorboard_gets_the_figures_where_it_is_installed(
     assert ("loss/average", step.avr_loss, 1) in written
     assert ("lr/denoiser", 1e-3, 1) in written
     assert written[-1][0] == "closed"
+
+
+def test_scaled_norms_are_told(training: runs.Training) -> None:
+    """So that a limit which holds every module back is seen while it trains."""
+    events = training.events(scale_weight_norms=0.001, learning_rate=0.01, max_train_steps=2)
+    told = [event.key_norms for event in runs.of(events, api.Step)]
+    assert all(set(t) == {"keys_scaled", "average_key_norm", "maximum_key_norm"} for t in told)
+    assert told[-1]["keys_scaled"] > 0 and told[-1]["maximum_key_norm"] <= 0.001 * 1.001
+    text = (runs.run_folder(training.places) / "log.log").read_text("utf-8")
+    assert "keys_scaled" in text
+    plain = training.elsewhere("plain").events(max_train_steps=1)
+    assert runs.of(plain, api.Step)[0].key_norms == {}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from loragraft.trainer import api
+from loragraft.trainer import api, metadata
 from loragraft_tests.trainer import runs, tiny
 from loragraft_tests.trainer.data_folders import Refusal
 
@@ -211,3 +211,17 @@ def test_a_name_that_is_no_file_name_writes_nothing(training: runs.Training, nam
     with Refusal("LG-PATH-001", "output_name"):
         training.events(output_name=name)
     assert not training.places.runs.exists() and not training.places.loras.exists()
+
+
+def test_a_setting_at_its_default_is_no_part_of_a_run(
+    training: runs.Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a setting which comes with a new version leaves runs that were begun before it as they are."""
+    config = runs.settings()
+    known = metadata.run_hash(training.base, training.train_set, config, None, "fp32")
+    plain = metadata.as_dict
+    monkeypatch.setattr(metadata, "as_dict", lambda config: {**plain(config), "brand_new": 0})
+    assert metadata.run_hash(training.base, training.train_set, config, None, "fp32") == known
+    monkeypatch.undo()
+    other = runs.settings(noise_offset=0.1)
+    assert metadata.run_hash(training.base, training.train_set, other, None, "fp32") != known

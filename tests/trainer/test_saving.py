@@ -90,6 +90,7 @@ def test_a_strangers_file_is_left_and_the_save_numbered(training: runs.Training)
     assert names == ["x-000001.safetensors", "x-000002.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_publishes_what_it_missed(training: runs.Training) -> None:
     options = {"max_train_steps": 12, "save_every_n_epochs": 1, "publish_checkpoints": True}
     straight = training.elsewhere("straight")
@@ -160,6 +161,7 @@ def test_old_saves_go_from_both_folders(training: runs.Training) -> None:
     assert "the save of step 4 was dropped" in (folder / "log.log").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_the_best_save_stays(training: runs.Training, monkeypatch: pytest.MonkeyPatch) -> None:
     from loragraft.trainer.trends import Measure
 
@@ -179,9 +181,9 @@ def test_the_best_save_stays(training: runs.Training, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, [5, 6]),
+        pytest.param({}, [5, 6], marks=pytest.mark.slow),
         ({"save_last_n_steps_state": 3}, [2, 3, 4, 5, 6]),
-        ({"save_last_n_steps_state": 1}, [4, 5, 6]),
+        pytest.param({"save_last_n_steps_state": 1}, [4, 5, 6], marks=pytest.mark.slow),
         ({"save_every_n_steps": 3, "save_every_n_epochs": 1, "save_last_n_epochs_state": 1}, [4, 6]),
     ],
 )
@@ -193,6 +195,7 @@ def test_training_states_that_stay(
     assert found == expected
 
 
+@pytest.mark.slow
 def test_thinning_changes_no_product(training: runs.Training) -> None:
     options = {"max_train_steps": 10, "save_every_n_steps": 2}
     plain = training.elsewhere("plain").finish(**options)
@@ -233,6 +236,7 @@ def test_prompts_have_a_size_a_seed_and_words_of_their_own(
     ]
 
 
+@pytest.mark.slow
 def test_samples_before_the_first_step_show_the_base(training: runs.Training) -> None:
     options = {"sample_prompts": ["zibu"], "sample_steps": 1, "max_train_steps": 2}
     events = training.events(**options, sample_at_first=True)
@@ -255,12 +259,17 @@ def test_samples_before_the_first_step_show_the_base(training: runs.Training) ->
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, [8]),
-        ({"save_every_n_steps": 3}, [3, 6, 8]),
-        ({"sample_every_n_steps": 3}, [3, 6]),
-        ({"sample_every_n_epochs": 1}, [4, 8]),
         ({"sample_every_n_steps": 3, "sample_every_n_epochs": 1}, [3, 4, 6, 8]),
-        ({"sample_every_n_epochs": 1, "save_every_n_steps": 3}, [4, 8]),
+        *(
+            pytest.param(options, expected, marks=pytest.mark.slow)
+            for options, expected in (
+                ({}, [8]),
+                ({"save_every_n_steps": 3}, [3, 6, 8]),
+                ({"sample_every_n_steps": 3}, [3, 6]),
+                ({"sample_every_n_epochs": 1}, [4, 8]),
+                ({"sample_every_n_epochs": 1, "save_every_n_steps": 3}, [4, 8]),
+            )
+        ),
     ],
 )
 def test_when_samples_are_drawn(
@@ -286,6 +295,7 @@ def test_samples_that_a_stop_left_undrawn_are_those_of_a_straight_run(training: 
         assert image.size == (32, 32)
 
 
+@pytest.mark.slow
 def test_drawing_changes_no_number(training: runs.Training) -> None:
     options = {"max_train_steps": 4, "save_every_n_steps": 2}
     plain = training.elsewhere("plain").finish(**options)
@@ -293,6 +303,21 @@ def test_drawing_changes_no_number(training: runs.Training) -> None:
         **options, sample_prompts=["a --d 3"], sample_steps=1, sample_at_first=True, sample_every_n_steps=1
     )
     assert drawn.losses == plain.losses
+
+
+def test_a_stop_between_the_last_save_and_the_end_leaves_nothing_out(training: runs.Training) -> None:
+    """The last step is on the disk, and yet the run is not at its end: its images are still to be drawn."""
+    options = {"max_train_steps": 2, "sample_prompts": ["zibu"], "sample_steps": 1, "preview_image": True}
+    straight = training.elsewhere("straight").finish(**options)
+    events = training.start(**options)
+    for event in events:
+        if isinstance(event, api.Saved):
+            events.close()
+    finished = training.finish(**options)
+    assert not finished.reused
+    assert runs.tree(finished.lora_file.parent) == runs.tree(straight.lora_file.parent)
+    assert runs.tree(finished.run_folder / "samples") == runs.tree(straight.run_folder / "samples")
+    assert training.finish(**options).reused
 
 
 # ---- what contradicts itself ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loragraft.trainer.optim.curve import curve
+from loragraft.trainer.optim.foreign import foreign_rate
 from loragraft.trainer.optim.schedules import depends_on_total, lr_factor, rate, warmup_steps
 from loragraft.trainer.optim.warm_restarts import warm_restarts
 from loragraft.trainer.settings.learning import LR_SCHEDULERS
@@ -234,6 +236,19 @@ def test_the_curve_is_what_the_run_will_take() -> None:
     assert curve(config, 10) == pytest.approx([8e-4 * lr_factor(config, step, 10) for step in range(10)])
     only_text = runs.settings(unet_lr=0.0, text_encoder_lr=1e-5, lr_scheduler="constant")
     assert curve(only_text, 3) == [1e-5] * 3
+
+
+def test_a_picture_asks_for_some_steps_alone() -> None:
+    config = runs.settings(lr_scheduler="cosine", max_train_steps=50)
+    assert curve(config, 50, [0, 7, 49]) == [curve(config, 50)[step] for step in (0, 7, 49)]
+
+
+def test_a_librarys_schedule_is_asked_by_a_run_and_a_picture_at_once() -> None:
+    name, args, rate = "torch.optim.lr_scheduler.OneCycleLR", ("pct_start=0.31",), 1e-3
+    alone = [foreign_rate(name, args, 2 * rate, step, 600) / 2 for step in range(600)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda step: foreign_rate(name, args, rate, step, 600), reversed(range(600))))
+    assert found[::-1] == pytest.approx(alone)
 
 
 def test_the_curve_of_adafactors_own_steps() -> None:

@@ -96,3 +96,10 @@ def test_emphasis_without_brackets_is_said(training: runs.Training) -> None:
     events = training.events(weighted_captions=True, max_train_steps=1)
     lines = runs.only(events, api.Planned).lines
     assert any("no caption has brackets" in line for line in lines)
+
+
+def test_a_word_whose_file_could_have_no_name_is_refused_before_anything_is_trained() -> None:
+    given = {"output_name": "x" * 100, "train_embeddings": ["\u5b57" * 7]}
+    with Refusal("LG-CFG-003", "train_embeddings", "120 bytes"):
+        make(TrainConfig, given)
+    make(TrainConfig, {**given, "output_name": "x" * 90})

@@ -91,7 +91,7 @@ NEEDS = {
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> list[api.TrainSet]:
-    """Return the images as they are trained plainly, and with varied captions, mirroring and some kept out."""
+    """Return the images as they are trained plainly, and with varied captions, flips and some kept out."""
     root = tmp_path_factory.mktemp("split")
     tiny.write_images(root / "1_zibu", [(16, 16), (16, 16), (24, 16), (16, 16), (24, 16)])
     return [runs.train_set(root), runs.train_set(root, **VARIED)]

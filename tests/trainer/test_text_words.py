@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from loragraft.trainer import api
 from loragraft.trainer.adapters.files import read_metadata
-from loragraft.trainer.inputs.words import Words
+from loragraft.trainer.inputs.words import Words, _use
 from loragraft_tests.trainer import runs
 from loragraft_tests.trainer.data_folders import Refusal
 
@@ -122,6 +122,22 @@ def test_words_teach_more_than_none(training: runs.Training) -> None:
 
 
 # ---- files ----
+
+
+def test_the_way_to_use_it_is_one_that_comfyui_reads() -> None:
+    assert _use("mine-zibu") == ", where a prompt calls it embedding:mine-zibu"
+    renamed = _use("my old<lora-zibu")
+    assert renamed == " as my_old_lora-zibu.safetensors, where a prompt calls it embedding:my_old_lora-zibu"
+
+
+def test_embeddings_have_a_folder_of_their_own_where_there_is_one(training: runs.Training) -> None:
+    places = dataclasses.replace(training.places, embeddings=training.places.runs.parent / "words")
+    finished = dataclasses.replace(training, places=places).finish(
+        output_name="mine", publish_checkpoints=True, save_every_n_steps=2, **ONE
+    )
+    assert not list(finished.lora_file.parent.glob("*zibu*"))
+    found = sorted(file.name for file in (places.runs.parent / "words").iterdir())
+    assert found == ["mine-step00000002-zibu.safetensors", "mine-zibu.safetensors"]
 
 
 def test_the_file_is_what_comfyui_and_webui_read(training: runs.Training) -> None:

@@ -201,6 +201,22 @@ def test_a_lora_of_another_model(base: api.Base, tmp_path: Path) -> None:
         draw(base, ["a"], [1], loras=[(path, 1.0)])
 
 
+@pytest.mark.parametrize(
+    ("texts", "named"),
+    [
+        ({"modelspec.prediction_type": "v"}, "--v_parameterization"),
+        ({"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "True"}, "zero_terminal_snr"),
+    ],
+)
+def test_a_lora_for_another_prediction_is_not_drawn(
+    base: api.Base, tmp_path: Path, texts: dict[str, str], named: str
+) -> None:
+    file = tmp_path / "v.safetensors"
+    save_file({f"lora_unet_x.lora_{e}.weight": torch.ones(2, 2) for e in ("up", "down")}, file, texts)
+    with Refusal("LG-TOOL-005", named):
+        next(api.draw_images(base, ["a"], [1], api.SampleSettings(), loras=[(file, 1.0)], device="cpu"))
+
+
 def test_emphasis_weighs_words(base: api.Base) -> None:
     plain, same, more = draw(base, ["a cat", "a (cat:1.0)", "a (cat:1.8)"], [1])
     assert (plain == same).all()

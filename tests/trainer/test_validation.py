@@ -16,6 +16,7 @@ from loragraft_tests.trainer import runs, tiny
 from loragraft_tests.trainer.data_folders import Refusal
 
 FROZEN = {"learning_rate": 1e-12, "max_train_steps": 3, "save_every_n_steps": 1}
+ONCE = {**FROZEN, "max_train_steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -80,41 +81,66 @@ def test_equal_weights_give_equal_numbers_at_every_step(here: runs.Training) -> 
     assert len({loss for _, loss in found[0].images}) == 3, "and each image has its own"
 
 
+@pytest.fixture(scope="module")
+def plain(
+    base: api.Base, held: api.TrainSet, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[runs.Training, api.Validated]:
+    """Return one measure with the usual settings, and the run that made it."""
+    root = tmp_path_factory.mktemp("plain")
+    training = runs.Training(base, held, api.Places(root / "runs", root / "loras", root / "cache"))
+    (event,) = measured(training, **ONCE)
+    return training, event
+
+
+def other(plain: tuple[runs.Training, api.Validated], **change: Any) -> api.Validated:
+    """Return the measure with something changed; what is encoded is taken from the same cache."""
+    (event,) = measured(plain[0], **{**ONCE, **change}, output_name=f"other-{'-'.join(change)}")
+    return event
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"train_batch_size": 1},
-        {"train_batch_size": 8},
-        {"gradient_accumulation_steps": 2},
-        {"min_snr_gamma": 1.0},
-        {"noise_offset": 0.1},
-        {"multires_noise_iterations": 4},
-        {"ip_noise_gamma": 0.1},
-        {"debiased_estimation_loss": True},
-        {"cache_latents": False},
-        {"network_train_unet_only": True},
-        {"engine": "eager"},
-        {"lr_scheduler": "constant"},
+        {"min_snr_gamma": 1.0, "noise_offset": 0.1, "multires_noise_iterations": 4, "ip_noise_gamma": 0.1},
+        *(
+            pytest.param(change, marks=pytest.mark.slow)
+            for change in (
+                {"train_batch_size": 8},
+                {"gradient_accumulation_steps": 2},
+                {"debiased_estimation_loss": True},
+                {"cache_latents": False},
+                {"network_train_unet_only": True},
+                {"engine": "eager"},
+                {"lr_scheduler": "constant"},
+                {"network_dropout": 0.5},
+            )
+        ),
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_what_teaches_does_not_change_what_is_measured(here: runs.Training, change: dict[str, Any]) -> None:
-    once = {**FROZEN, "max_train_steps": 1}
-    (plain,), (other,) = measured(here, **once), measured(here.elsewhere("b"), **{**once, **change})
-    assert [v for _, v in other.images] == pytest.approx([v for _, v in plain.images], rel=2e-6)
+def test_what_teaches_does_not_change_what_is_measured(
+    plain: tuple[runs.Training, api.Validated], change: dict[str, Any]
+) -> None:
+    values = [value for _, value in other(plain, **change).images]
+    assert values == pytest.approx([value for _, value in plain[1].images], rel=2e-6)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"loss_type": "l1"}, {"min_timestep": 500}, {"validation_timesteps": 3}],
+    [
+        {"loss_type": "l1"},
+        *(
+            pytest.param(change, marks=pytest.mark.slow)
+            for change in ({"seed": 1}, {"min_timestep": 500}, {"validation_timesteps": 3})
+        ),
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_what_is_measured_follows_the_settings_that_say_so(
-    here: runs.Training, change: dict[str, Any]
+    plain: tuple[runs.Training, api.Validated], change: dict[str, Any]
 ) -> None:
-    once = {**FROZEN, "max_train_steps": 1}
-    (plain,), (other,) = measured(here, **once), measured(here.elsewhere("b"), **{**once, **change})
-    assert abs(other.loss - plain.loss) > 1e-4 * plain.loss
+    assert abs(other(plain, **change).loss - plain[1].loss) > 1e-4 * plain[1].loss
 
 
 @pytest.mark.parametrize(
@@ -134,6 +160,7 @@ def test_timesteps_are_the_middles_of_equal_parts(
     assert validation.timesteps(config) == expected
 
 
+@pytest.mark.slow
 def test_measuring_teaches_nothing(here: runs.Training, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"max_train_steps": 5, "validate_every_n_steps": 1, "save_every_n_steps": 2}
     with_it = here.finish(**options)
@@ -146,19 +173,35 @@ def test_measuring_teaches_nothing(here: runs.Training, monkeypatch: pytest.Monk
     assert with_it.losses == plain.losses
 
 
-def test_when_it_is_measured(here: runs.Training) -> None:
-    def steps(**options: Any) -> list[int]:
-        return [e.step for e in measured(here.elsewhere(str(options)[:60].replace("'", "")), **options)]
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_train_steps": 5, "validate_every_n_steps": 2}, [2, 4, 5]),
+        *(
+            pytest.param(options, expected, marks=pytest.mark.slow)
+            for options, expected in (
+                ({"max_train_steps": 4}, [4]),
+                ({"max_train_steps": 4, "save_every_n_steps": 2}, [2, 4]),
+                ({"max_train_steps": 4, "validate_every_n_steps": 2, "save_every_n_steps": 2}, [2, 4]),
+            )
+        ),
+    ],
+)
+def test_each_save_is_measured_and_what_is_asked_for(
+    plain: tuple[runs.Training, api.Validated], options: dict[str, Any], expected: list[int]
+) -> None:
+    training = plain[0].elsewhere("-".join(map(str, options.values())))
+    assert [e.step for e in measured(training, **options, validation_timesteps=1)] == expected
 
-    # five images in batches of up to 3 of one bucket: what an epoch has is the plan's
-    epoch = runs.of(here.elsewhere("plan").events(max_train_steps=1), api.Planned)[0].batches_per_epoch
-    assert steps(max_train_steps=4) == [4], "each save is measured, the last one too"
-    assert steps(max_train_steps=4, save_every_n_steps=2) == [2, 4]
-    assert steps(max_train_steps=5, validate_every_n_steps=2) == [2, 4, 5]
-    assert steps(max_train_steps=2 * epoch, validate_every_n_epochs=1) == [epoch, 2 * epoch]
-    assert steps(max_train_steps=4, validate_every_n_steps=2, save_every_n_steps=2) == [2, 4], "once a step"
+
+def test_each_epoch_is_measured_where_that_is_asked_for(plain: tuple[runs.Training, api.Validated]) -> None:
+    training = plain[0].elsewhere("epochs")
+    events = training.events(max_train_epochs=2, validate_every_n_epochs=1, validation_timesteps=1)
+    total = runs.only(events, api.Planned).total_steps
+    assert [e.step for e in runs.of(events, api.Validated)] == [total // 2, total]
 
 
+@pytest.mark.slow
 def test_a_share_of_the_images_is_always_the_same(here: runs.Training) -> None:
     found = measured(here, **FROZEN, max_validation_steps=2)
     names = {tuple(name for name, _ in e.images) for e in found}
@@ -259,6 +302,7 @@ def test_a_stopped_run_goes_on_with_its_measures(here: runs.Training, tmp_path: 
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_validation_of_a_run_beside_others_is_its_own(here: runs.Training) -> None:
     options = {"max_train_steps": 2, "save_every_n_steps": 1, "engine": "fused"}
     alone = [measured(here.elsewhere(f"a{s}"), **options, seed=s) for s in (1, 2)]

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..contradictions.refusals import contradiction
 from ..engine.frozen import dense
-from ..errors import LoraGraftError, listed
+from ..errors import LoraGraftError, listed, one_line
 from ..parts import Parts, Target
 from . import ia3, lora, oft
 from .change import Change
@@ -62,8 +62,8 @@ def share_from(base: nn.Module, own: Tensors, key: str) -> Share | None:
     method, values = method_of(own), dict(own)
     if method is None:
         return None
-    alpha = float(values.pop("alpha", 0.0))
     try:
+        alpha = float(values.pop("alpha", 0.0))
         on_input = bool(values.pop(ia3.ON_INPUT, False))
         if method == "lora" and values.keys() == {lora.DOWN, lora.UP}:
             rank = values[lora.DOWN].shape[0]
@@ -76,7 +76,7 @@ def share_from(base: nn.Module, own: Tensors, key: str) -> Share | None:
         share = Change(method, base, values, alpha=alpha, key=key, on_input=on_input)
         share.try_out(base)
         return share
-    except (KeyError, RuntimeError, IndexError, ValueError):
+    except (KeyError, RuntimeError, IndexError, ValueError, ZeroDivisionError):
         return None
 
 
@@ -103,14 +103,27 @@ def ranks_in(tensors: Tensors) -> dict[str, Rank]:
     """Return rank and alpha of each module of a file, by its key."""
     result: dict[str, Rank] = {}
     for key, own in grouped(tensors).items():
-        method = method_of(own)
-        rank = METHODS[method].rank_of(own) if method else None
-        if oft.BLOCKS in own:
-            rank = own[oft.BLOCKS].shape[-1]
-        elif method == "lokr" and rank is None:
-            rank = int(own["alpha"]) if "alpha" in own else None  # LyCORIS writes the rank that was asked for
-        result[key] = (rank or 1, float(own["alpha"]) if "alpha" in own else float(rank or 1))
+        try:
+            result[key] = _rank_in(own)
+        except (KeyError, IndexError, RuntimeError, ValueError) as error:
+            raise LoraGraftError(
+                "LG-SAVE-006",
+                "A module of the LoRA is not whole, or of no known network.",
+                where=one_line(key, 120),
+                why=f"its rank cannot be told: {one_line(str(error), 120)}.",
+                fix="use a complete file, or switch dim_from_weights off",
+            ) from error
     return result
+
+
+def _rank_in(own: Tensors) -> Rank:
+    method = method_of(own)
+    rank = METHODS[method].rank_of(own) if method else None
+    if oft.BLOCKS in own:
+        rank = own[oft.BLOCKS].shape[-1]
+    elif method == "lokr" and rank is None:
+        rank = int(own["alpha"]) if "alpha" in own else None  # LyCORIS writes the rank that was asked for
+    return rank or 1, float(own["alpha"]) if "alpha" in own else float(rank or 1)
 
 
 def _take(m: Adapted, own: Tensors, where: str, *, takes_ranks: bool) -> None:

@@ -13,6 +13,7 @@ from ..contradictions.refusals import bad_value
 from ..engine.frozen import dense
 from ..errors import LoraGraftError, listed, nearest
 from ..parts import Parts, Target
+from ..patterns import Rule
 from . import dora
 from .change import Change
 from .dylora import Nested
@@ -242,8 +243,8 @@ def _check(settings: Settings, targets: Sequence[Target]) -> None:
                     f"The pattern {rule.text[:60]!r} is found in no module's name.",
                     where=name,
                     why=f"none of {len(keys)} modules that the preset has is called so.",
-                    fix=f"take a part of a name, such as {listed(nearest(rule.text, keys) or keys, limit=3)}; "
-                    "with preset everything, all modules can be trained",
+                    fix=f"take a part of a name, such as {listed(_near(rule, targets), limit=3)}; with "
+                    "preset everything, all modules can be trained",
                 )
     if not any(settings.rank_of(target) for target in targets):
         wanted = {"denoiser": settings.denoiser, "text_encoder": settings.text_encoder}
@@ -254,3 +255,9 @@ def _check(settings: Settings, targets: Sequence[Target]) -> None:
             why="nothing would be trained.",
             fix="give unet_lr or text_encoder_lr a value above 0",
         )
+
+
+def _near(rule: Rule, targets: Sequence[Target]) -> list[str]:
+    """Return what a pattern that fits nothing may have meant: parts of names, else whole ones."""
+    parts = dict.fromkeys(part for target in targets for part in target.path.split("."))
+    return list(nearest(rule.text, parts)) or [target.key for target in targets]

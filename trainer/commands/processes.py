@@ -1,4 +1,4 @@
-"""``loragraft train`` in several processes that accelerate, torchrun or mpirun started: joining, and batches."""
+"""``loragraft train`` in the processes that accelerate, torchrun or mpirun started: joining, and batches."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ import signal
 import time
 from types import FrameType, TracebackType
 
-
 PASSED_ON_S = 5.0  # the time within which a launcher passes a Ctrl-C on, beside the terminal
 
 

@@ -17,6 +17,7 @@ from ..errors import LoraGraftError
 from ..metadata import trigger_words
 from ..progress import SweepLine
 from ..safefile import write_atomically
+from ..sample_prompts import parse_prompt
 from ..sweep import Axis, SweepRun, read_sweep, sweep_from_table
 from .settings import SWEEP, read_config_file
 from .stop import StopFlag

@@ -103,6 +103,8 @@ def _train(arguments: argparse.Namespace, world: Alone) -> int:
                 return _stopped(world)
             if isinstance(event, api.Finished):
                 print(f"LoRA          {event.lora_file}")
+                if event.model_file is not None:
+                    print(f"Checkpoint    {event.model_file}")
                 print(f"Trigger words {event.trigger_words}")
                 print(f"Run folder    {event.run_folder}")
     return 0

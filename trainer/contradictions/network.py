@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from ..config import TrainConfig
+from ..config import TrainConfig, denoiser_lr
 from ..patterns import patterns, rules
 from ..settings.presets import PRESETS
 from .refusals import bad_value, contradiction
@@ -58,6 +58,9 @@ INSTEAD: Mapping[str, tuple[str, ...]] = {
         "up_lr_weight",
     ),
 }
+OF_DENOISER = (
+    *("conv_dim", "train_norm", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"),
+)
 WITH_CONVOLUTIONS = tuple(name for name, preset in PRESETS.items() if preset.convolutions)
 WITHOUT_TEXT = tuple(name for name, preset in PRESETS.items() if not (preset.text or preset.endings))
 FIXES = {"conv_alpha": "set conv_dim (usually a half to a quarter of network_dim), or clear conv_alpha"}
@@ -115,6 +118,14 @@ def _check_pairs(config: TrainConfig, where: str) -> None:
 
 
 def _check_parts(config: TrainConfig, where: str) -> None:
+    idle = next((name for name in OF_DENOISER if _is_given(config, name)), None)
+    if idle is not None and denoiser_lr(config) == 0:
+        raise contradiction(
+            f"{idle} is given, but the denoiser is not trained.",
+            where,
+            why=f"{idle} is about the denoiser's modules alone, and its learning rate is 0.",
+            fix=f"take {idle} back, or train the denoiser",
+        )
     without_text = config.preset in WITHOUT_TEXT
     if without_text and (config.network_train_text_encoder_only or config.text_encoder_lr):
         given = "text_encoder_lr" if config.text_encoder_lr else "network_train_text_encoder_only"

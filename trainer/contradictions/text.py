@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ..config import TrainConfig, encoder_lr
+from ..errors import one_line
+from ..paths import MAX_COMPONENT
 from ..settings.words import parse_words
 from .refusals import bad_value, contradiction
 
@@ -47,6 +49,11 @@ def _check_words(config: TrainConfig, where: str) -> None:
     except ValueError as error:
         expected = f"words to train, such as zibu=cat*2; {error}"
         raise bad_value("train_embeddings", list(config.train_embeddings), expected, where) from None
+    for word in words:
+        file = f"{config.output_name}-{word.word}"
+        if len(file.encode()) > MAX_COMPONENT:
+            expected = f"words so short that the file {one_line(file, 40)} has at most {MAX_COMPONENT} bytes"
+            raise bad_value("train_embeddings", word.word, expected, where)
     if words and config.cache_text_encoder_outputs:
         raise contradiction(
             "cache_text_encoder_outputs is on, but train_embeddings names words.",

@@ -6,9 +6,11 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from .train_set import Group, Size, TrainSet
 
+Part = tuple[Size, tuple[int, ...]]  # a bucket, and the images of a batch
 
 @dataclass(frozen=True)
 class Batch:
@@ -37,13 +39,19 @@ def plan_epoch(train_set: TrainSet, batch_size: int, seed: int, epoch: int) -> l
 
     Every record occurs ``repeats`` times, every batch holds one bucket's images of one group, and the
     last batch of a bucket may be smaller, as in kohya's trainer. ``batch_size`` serves the groups that
-    have none of their own.
+    have none of their own. The batches of a group that keeps pace come one by one behind the others', so that
+    two micro-batches to a step are one of each (HCP-Diffusion's class images).
     """
     rng = random.Random(f"{seed}-{epoch}")
-    parts: list[tuple[Size, tuple[int, ...]]] = []
+    parts: list[Part] = []
+    beside: list[Part] = []
     for group in train_set.groups:
-        parts += _group_parts(train_set, group, group.batch_size or batch_size, rng)
+        found = _group_parts(train_set, group, group.batch_size or batch_size, rng)
+        (beside if group.keeps_pace else parts).extend(found)
     rng.shuffle(parts)
+    if beside:
+        rng.shuffle(beside)
+        parts = [part for pair in zip_longest(parts, beside) for part in pair if part is not None]
     uses: Counter[int] = Counter()
     return [_batch(train_set, bucket, part, uses, seed, epoch) for bucket, part in parts]
 
@@ -55,12 +63,12 @@ def is_mirrored(seed: int, epoch: int, name: str, use: int) -> bool:
 
 def _group_parts(
     train_set: TrainSet, group: Group, batch_size: int, rng: random.Random
-) -> list[tuple[Size, tuple[int, ...]]]:
+) -> list[Part]:
     members: dict[Size, list[int]] = {}
     for index in range(group.first, group.last):
         repeated = [index] * train_set.records[index].repeats
         members.setdefault(train_set.buckets[index], []).extend(repeated)
-    parts: list[tuple[Size, tuple[int, ...]]] = []
+    parts: list[Part] = []
     for bucket in sorted(members):
         rng.shuffle(members[bucket])
         parts += [(bucket, part) for part in _parts(members[bucket], batch_size)]

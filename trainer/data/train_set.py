@@ -52,12 +52,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Group:
-    """The records ``first`` to ``last`` - 1 of a train set, which form batches only among themselves."""
+    """The records ``first`` to ``last`` - 1 of a train set, which form batches only among themselves.
+
+    With ``keeps_pace`` each of its batches comes right behind one of the others.
+    """
 
     first: int
     last: int
     config: DatasetConfig
     batch_size: int | None = None
+    keeps_pace: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ def freeze_blocks(blocks: Sequence[Block]) -> TrainSet:
     train_set = _frozen(
         [(p.training, p.block.config, p.block.batch_size, p.lines) for p in parts], lines, len(blocks) > 1
     )
+    if any(part.block.keeps_pace for part in parts):
+        train_set = _paced(train_set, [part.block.keeps_pace for part in parts])
     if not any(part.held for part in parts):
         return train_set
     validation = _frozen([h for h in held if h[0]], [], len(blocks) > 1)
@@ -309,6 +315,17 @@ def _frozen(
         configs=tuple(configs),
         groups=tuple(groups),
     )
+
+
+def _paced(train_set: TrainSet, keep_pace: Sequence[bool]) -> TrainSet:
+    """Return the train set with the groups marked that keep pace; their batches come in another order."""
+    groups = tuple(
+        dataclasses.replace(group, keeps_pace=keeps)
+        for group, keeps in zip(train_set.groups, keep_pace, strict=True)
+    )
+    text = f"{train_set.fingerprint} {list(keep_pace)}"
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()
+    return dataclasses.replace(train_set, groups=groups, fingerprint=fingerprint)
 
 
 def _choices(records: Sequence[Record], config: DatasetConfig) -> list[Choice]:

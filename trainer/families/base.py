@@ -33,6 +33,9 @@ class Family(Protocol):
     def split(self, weights: Tensors) -> dict[str, Tensors]:
         """Sort single-file weights into diffusers-named state dicts of the three parts (views)."""
 
+    def join(self, state_dicts: Mapping[str, Tensors]) -> Tensors:
+        """Return the three parts under single-file names (views): what `split` takes apart."""
+
     def load(self, state_dicts: Mapping[str, Tensors], tokenizer: Any) -> Parts:
         """Build the modules on the meta device and assign the given tensors to them, without a copy."""
 

@@ -87,7 +87,10 @@ def is_vae_attention_weight(ldm_key: str) -> bool:
 
 
 def unet_pairs(levels: int, per_level: int, attended: set[int]) -> Pairs:
-    """Pair the prefixes of a U-Net's modules, LDM's and diffusers'; ``attended`` levels count from the way up."""
+    """Pair the prefixes of a U-Net's modules, LDM's and diffusers'.
+
+    ``attended`` levels count from the way up.
+    """
     pairs: Pairs = [
         ("input_blocks.0.0.", "conv_in."),
         ("time_embed.0.", "time_embedding.linear_1."),

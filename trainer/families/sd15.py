@@ -28,10 +28,12 @@ from .ldm_keys import (
     VAE_PREFIX,
     is_vae_attention_weight,
     unet_to_diffusers,
+    unet_to_ldm,
     vae_to_diffusers,
+    vae_to_ldm,
 )
 from .targets import find_targets
-from .weights import Renamed
+from .weights import Renamed, joined
 from .words import WordEmbedding
 
 SCALING_FACTOR = 0.18215
@@ -80,6 +82,19 @@ class SD15:
             "vae": Renamed(weights, vae, matrices),
             "text_encoder": Renamed(weights, text),
         }
+
+    def join(self, state_dicts: Mapping[str, Tensors]) -> Tensors:
+        """Return the three parts under single-file names (views): what `split` takes apart."""
+        unet, vae, text = (state_dicts[part] for part in ("denoiser", "vae", "text_encoder"))
+        of_vae = {VAE_PREFIX + new: old for new, old in vae_to_ldm(vae).items()}
+        kernels = frozenset(n for n in of_vae if is_vae_attention_weight(n) and vae[of_vae[n]].ndim == 2)
+        return joined(
+            [
+                Renamed(vae, of_vae, kernels=kernels),
+                Renamed(text, {TEXT_PREFIX + name: name for name in text}),
+                Renamed(unet, {UNET_PREFIX + new: old for new, old in unet_to_ldm(unet).items()}),
+            ]
+        )
 
     def load(self, state_dicts: Mapping[str, Tensors], tokenizer: Any) -> Parts:
         """Build the modules on the meta device and assign the given tensors to them, without a copy."""

@@ -106,21 +106,27 @@ def stretches(places: Mapping[str, Place]) -> dict[str, Place]:
     return found
 
 
-def joined(files: Sequence[FileWeights]) -> Mapping[str, torch.Tensor]:
+def joined(files: Sequence[Mapping[str, torch.Tensor]]) -> Mapping[str, torch.Tensor]:
     """Return the tensors of all files; of two with one name the later file's."""
     return ChainMap(*cast("list[Any]", files[::-1]))  # nothing writes to it, so it may hold plain mappings
 
 
 @dataclass(frozen=True)
 class Renamed(Mapping[str, torch.Tensor]):
-    """Views of ``source`` under new names (new to old); those in ``matrices`` lose a 1x1 kernel."""
+    """Views of ``source`` under new names (new to old).
+
+    Those in ``matrices`` lose a 1x1 kernel, those in ``kernels`` get one.
+    """
 
     source: Mapping[str, torch.Tensor]
     names: Mapping[str, str]
     matrices: frozenset[str] = frozenset()
+    kernels: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         weight = self.source[self.names[name]]
+        if name in self.kernels:
+            return weight[..., None, None]
         return weight.reshape(weight.shape[:2]) if name in self.matrices else weight
 
     def __iter__(self) -> Iterator[str]:

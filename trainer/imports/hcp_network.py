@@ -25,9 +25,10 @@ def read_network(values: Mapping[str, Any], settings: dict[str, Any], found: Fin
         if values.get(prefix + name):
             parts[name] = read_groups(prefix + name, values[prefix + name], area, found, low_rank=not whole)
     if whole:
-        settings |= {"algo": "full", "preset": "full"}
+        settings |= {"algo": "full", "preset": "everything", "save_as": "checkpoint"}
         found.notes.append(
-            f"{whole[0]}: the change of every weight is trained (algo full) and saved as a LoRA file."
+            f"{whole[0]}: the change of every weight is trained (algo full) and saved as a LoRA file, and "
+            "the whole model as one file (save_as checkpoint)."
         )
     _rates(parts, settings)
     _ranks(parts, settings, found)

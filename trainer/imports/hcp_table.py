@@ -39,12 +39,6 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str, str]] = {
         "it is DreamArtist's, which trains with negative words",
         "remove it",
     ),
-    "model.ema_unet": ((0, 0.0, None), "no average of the weights is kept", "write ema_unet: 0"),
-    "model.ema_text_encoder": (
-        (0, 0.0, None),
-        "no average of the weights is kept",
-        "write ema_text_encoder: 0",
-    ),
 }
 # Keys that are translated, by table; hcp_train says how.
 KNOWN: Mapping[str, tuple[str, ...]] = {
@@ -58,7 +52,7 @@ KNOWN: Mapping[str, tuple[str, ...]] = {
     ),
     "model": (
         *("pretrained_model_name_or_path", "tokenizer_repeats", "gradient_checkpointing", "clip_skip"),
-        *("noise_scheduler",),
+        *("noise_scheduler", "ema_unet", "ema_text_encoder"),
     ),
 }
 

@@ -15,6 +15,7 @@ from ..errors import one_line
 from . import hcp_table as table
 from .hcp_layers import number
 from .hcp_network import read_network
+from .hcp_steps import read_averages, read_steps
 from .imported import Findings, Imported, not_readable
 
 
@@ -33,6 +34,9 @@ def read_hcp_train(file: Path, *, overrides: Sequence[str] = (), trusted: bool =
     _train(values["train"], own, settings, found)
     _model(values["model"], settings, found)
     read_network(values, settings, found)
+    read_averages(values["model"], settings, found)
+    if "data" in values:
+        read_steps(values["data"], settings, found)
     found.raise_any()
     places = {"output_dir": str(values["exp_dir"])}
     if base := values["model"].get("pretrained_model_name_or_path"):

@@ -5,6 +5,7 @@ Gal et al. 2022, "An image is worth one word" (textual inversion), along with a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -62,10 +63,17 @@ class Words:
     def lines(self, name: str) -> list[str]:
         """Say what is trained and how it is used; ``name`` is the LoRA's."""
         return [
-            f"trains the embedding of '{word}' with {len(rows)} vectors; it becomes {name}-{word}.safetensors"
-            f" beside the LoRA: in ComfyUI, move it to models/embeddings and write embedding:{name}-{word}"
+            f"trains the embedding of '{word}' with {len(rows)} vectors; it becomes {name}-{word}.safetensors;"
+            f" ComfyUI finds it in models/embeddings{_use(f'{name}-{word}')}"
             for word, rows in self.vectors.items()
         ]
+
+
+def _use(file: str) -> str:
+    """Say how a prompt has the embedding; ComfyUI takes its name up to the first space or bracket."""
+    called = re.sub(r"[\s<\[]+", "_", file)
+    renamed = "" if called == file else f" as {called}.safetensors"
+    return f"{renamed}, where a prompt calls it embedding:{called}"
 
 
 def _first_rows(base: Base, parts: Parts, word: Word, seed: int) -> torch.Tensor:

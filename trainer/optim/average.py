@@ -47,7 +47,7 @@ class Average:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the tensors hold the average while the block runs; afterwards they are as before, to the bit."""
+        """Let the tensors hold the average while the block runs; then they are as before, to the bit."""
         self._exchange()
         try:
             yield

@@ -61,6 +61,17 @@ def advice(config: TrainConfig, groups: Sequence[Group], blocks: Blocks | None) 
     return lines
 
 
+def state_bytes(config: TrainConfig, device: torch.device) -> float:
+    """Return the bytes that the optimizer keeps for each trained number, measured on two small tensors."""
+    tensors = _small(device)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = _stepped(config, tensors, None, 0, 1)
+    kept = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    size = sum(v.numel() * v.element_size() for v in kept if v.numel() > 1)
+    return size / sum(p.numel() for p in tensors)
+
+
 def _built(config: TrainConfig, groups: Sequence[tuple[list[nn.Parameter], float]]) -> torch.optim.Optimizer:
     cls = find(config)
     given: dict[str, Any] = options(config, cls)

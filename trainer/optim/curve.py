@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ..block_weights import Blocks, block_lr_weights
 from ..config import TrainConfig, denoiser_lr, encoder_lr, optimizer_kwargs
@@ -12,17 +13,18 @@ from .groups import lr_scale
 from .schedules import rate
 
 
-def curve(config: TrainConfig, total_steps: int) -> list[float]:
+def curve(config: TrainConfig, total_steps: int, at: Sequence[int] | None = None) -> list[float]:
     """Return the learning rate of every step: the denoiser's, or the text encoder's where only it learns.
 
-    Of Adafactor with relative steps, the step size before it is scaled by a tensor's own size.
+    ``at`` picks steps from 0. Of Adafactor with relative steps, the step size before it is scaled by a
+    tensor's own size.
     """
+    steps = range(total_steps) if at is None else at
     if has_relative_steps(known(config), optimizer_kwargs(config)):
         warms_up = bool(optimizer_kwargs(config).get("warmup_init", False))
-        steps = range(1, total_steps + 1)
-        return [min(1e-6 * step if warms_up else 1e-2, 1.0 / math.sqrt(step)) for step in steps]
+        return [min(1e-6 * (step + 1) if warms_up else 1e-2, 1.0 / math.sqrt(step + 1)) for step in steps]
     base = (denoiser_lr(config) or encoder_lr(config)) * lr_scale(config)
-    return [rate(config, base, step, total_steps) for step in range(total_steps)]
+    return [rate(config, base, step, total_steps) for step in steps]
 
 
 def block_bars(config: TrainConfig, blocks: Blocks | None) -> list[tuple[str, float]]:

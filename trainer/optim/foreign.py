@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import threading
 import warnings
+from array import array
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -44,10 +46,10 @@ def needs_total(name: str, args: tuple[str, ...]) -> bool:
 
 
 class _Track:
-    """The rates of one schedule on one dummy, as far as they were asked for."""
+    """The rates of one schedule on one dummy, as far as they were asked for; also by several threads."""
 
     def __init__(self, name: str, args: tuple[str, ...], base_lr: float, total_steps: int) -> None:
-        self.name, self.args = name, args
+        self.name, self.args, self.one_at_a_time = name, args, threading.Lock()
         make, given = _found(name), _options(args)
         takes = _takes(make)
         if unknown := [key for key in given if key not in takes]:
@@ -58,13 +60,13 @@ class _Track:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.schedule = make(optimizer=self.dummy, **filled, **given)
-            self.rates = [self._now()]
+            self.rates = array("d", [self._now()])
         except (TypeError, ValueError, ArithmeticError, AttributeError, KeyError, IndexError) as error:
             raise _refused(name, args, f"{type(error).__name__}: {error}") from None
 
     def rate(self, step: int) -> float:
         try:
-            with warnings.catch_warnings():
+            with self.one_at_a_time, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 while len(self.rates) <= step:
                     self.dummy.step()

@@ -84,7 +84,8 @@ class LossSettings:
     )
     adaptive_noise_scale: float = setting(
         0.0,
-        "Add this times the mean of each latent channel to noise_offset; may be negative, 0 does not.",
+        "Add this times the absolute mean of each latent channel to noise_offset; may be negative, 0 does "
+        "not.",
         minimum=-10.0,
         maximum=10.0,
         advanced=True,
@@ -94,7 +95,7 @@ class LossSettings:
     )
     multires_noise_discount: float = setting(
         0.3,
-        "How much weaker each coarser size of the multires noise is (0.3 to 0.8 is usual).",
+        "Factor on each coarser size of the multires noise; smaller is weaker (0.3 to 0.8 is usual).",
         minimum=0.0,
         maximum=1.0,
         advanced=True,

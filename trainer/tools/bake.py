@@ -178,7 +178,9 @@ def _shape_of(module: Module, rows: torch.Tensor) -> tuple[int, ...]:
     """Return the shape of the weight that a module changes, where its tensors tell it."""
     if module.kind == "LoRA":
         return module.shape()
-    whole = next((module.tensors[role] for role in (full.WEIGHT, norm.WEIGHT) if role in module.tensors), rows)
+    whole = next(
+        (module.tensors[role] for role in (full.WEIGHT, norm.WEIGHT) if role in module.tensors), rows
+    )
     return tuple(whole.shape)
 
 

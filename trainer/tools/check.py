@@ -90,7 +90,7 @@ def _norm(module: Module) -> float:
 
 def _stated_skip(metadata: Mapping[str, str]) -> int | None:
     text = metadata.get("ss_clip_skip", "")
-    return int(text) if text.isdigit() else 1 if text == "None" else None
+    return int(text) if text.isascii() and text.isdecimal() else 1 if text == "None" else None
 
 
 def _expected(names: list[str], skip: int | None) -> int | None:

@@ -16,7 +16,7 @@ import torch
 
 from ..adapters import dora, full, glora, ia3, loha, lokr, norm, oft
 from ..adapters.shapes import Shape
-from ..errors import LoraGraftError, listed
+from ..errors import LoraGraftError, listed, one_line
 from .lora_file import PLAIN, LoraFile, Module
 
 Tensors = Mapping[str, torch.Tensor]
@@ -32,10 +32,24 @@ def delta(module: Module, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Return the change in the weight's shape, float32; some types need the base's ``weight`` (float32).
 
     Without it a kernel that no tensor tells is taken from the module's name. Raises LG-TOOL-003 for a type
-    that needs the weight and gets none, or that changes something else.
+    that needs the weight and gets none, or that changes something else, LG-TOOL-002 where tensors are
+    missing or do not fit together.
     """
     if module.kind not in (ON_WEIGHT if weight is not None else FREE):
         raise refusal([module], "This")
+    try:
+        return _delta(module, weight)
+    except (KeyError, IndexError, RuntimeError, ValueError, ZeroDivisionError) as error:
+        raise LoraGraftError(
+            "LG-TOOL-002",
+            f"The {module.kind} module's tensors do not make a change of a weight.",
+            where=module.name[:200],
+            why=f"they are not all there, or of shapes that do not fit: {one_line(str(error), 120)}.",
+            fix="use a complete file, and for a checkpoint one that was trained on its kind",
+        ) from error
+
+
+def _delta(module: Module, weight: torch.Tensor | None) -> torch.Tensor:
     tensors = {role: t if role == "alpha" else t.float() for role, t in module.tensors.items()}
     if weight is not None and module.kind in WITH_WEIGHT:
         change = WITH_WEIGHT[module.kind](module, tensors, weight)
@@ -69,9 +83,23 @@ def kernel_of(name: str) -> tuple[int, ...]:
 def plain_factors(module: Module) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return up (out, r), down (r, in * k * k) and scale of any change that needs no base."""
     if module.kind == PLAIN:
-        return (*module.factors(), module.scale)
-    u, s, vh = torch.linalg.svd(delta(module).flatten(1).double(), full_matrices=False)
+        up, down = module.factors()
+        return finite(up, module), finite(down, module), module.scale
+    u, s, vh = torch.linalg.svd(finite(delta(module), module).flatten(1).double(), full_matrices=False)
     return (u * s).float(), vh.float(), 1.0
+
+
+def finite(values: torch.Tensor, module: Module) -> torch.Tensor:
+    """Return the values; raises LG-TOOL-002 for NaN and infinity, which nothing can take apart."""
+    if bool(torch.isfinite(values).all()):
+        return values
+    raise LoraGraftError(
+        "LG-TOOL-002",
+        "A module holds NaN or infinity.",
+        where=module.name[:200],
+        why="such values have no singular values; the file draws black or broken images.",
+        fix="use an earlier save of the training; Check LoRA names all such tensors",
+    )
 
 
 def as_plain(module: Module) -> Module:
@@ -139,6 +167,8 @@ def _lokr(module: Module, t: Tensors, kernel: tuple[int, ...]) -> torch.Tensor:
 def _full(module: Module, t: Tensors, kernel: tuple[int, ...]) -> torch.Tensor:
     if "diff_b" in t:
         raise refusal([module], "Changing a bias")
+    if t["diff"].ndim < 2:
+        raise ValueError("diff is no matrix")
     return t["diff"]
 
 

@@ -156,8 +156,8 @@ def parse(
             continue
         module, role, ending, kind = place
         found.setdefault(module, {})[role] = ending, tensor
-        if kind:
-            kinds[module] = kind
+        if kind and kinds.setdefault(module, kind) != kind:  # two network types in one module
+            strange.append(key)
     if strange or not found:
         raise LoraGraftError(
             "LG-TOOL-001",
@@ -246,23 +246,30 @@ def _place(key: str) -> tuple[str, str, str, str] | None:
 
 
 def _check_whole(modules: Iterable[Module], name: str) -> None:
-    half = [module.name for module in modules if module.kind == PLAIN and not _is_whole(module.tensors)]
+    half = [module.name for module in modules if not _is_whole(module)]
     if half:
         raise LoraGraftError(
             "LG-TOOL-002",
             f"{len(half)} modules of {name[:60]} are not whole.",
             where=listed(half, limit=3),
-            why="a module needs a down and an up tensor of one rank.",
+            why="a module needs a down and an up tensor of one rank, none of them empty, and one alpha.",
             fix="use a complete file; one that was cut or edited by hand must be made again",
         )
 
 
-def _is_whole(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Say whether up, down and a middle kernel are there and of one rank."""
-    if not {"down", "up"} <= set(tensors) or min(tensors["down"].ndim, tensors["up"].ndim) < 2:
+def _is_whole(module: Module) -> bool:
+    """Say whether no tensor is empty, alpha one number, and a LoRA's up, down and kernel of one rank."""
+    alpha = module.tensors.get("alpha", torch.ones(()))
+    if not all(t.numel() for t in module.tensors.values()) or alpha.numel() != 1 or not alpha.isfinite():
         return False
-    ranks = {tensors["down"].shape[0], tensors["up"].shape[1]}
-    return len(ranks) == 1 or "mid" in tensors
+    if module.kind != PLAIN:
+        return True
+    up, down, mid = (module.tensors.get(role) for role in ("up", "down", "mid"))
+    if up is None or down is None or min(up.ndim, down.ndim) < 2:
+        return False
+    if mid is None:
+        return down.shape[0] == up.shape[1]
+    return mid.ndim == 4 and tuple(mid.shape[:2]) == (up.shape[1], down.shape[0])
 
 
 def _declared(metadata: Mapping[str, str]) -> dict[str, object]:

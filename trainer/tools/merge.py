@@ -18,7 +18,7 @@ import torch
 from ..adapters.files import compact
 from ..errors import LoraGraftError, listed
 from .convert import to_common
-from .deltas import KOHYA, as_plain, require_sums
+from .deltas import KOHYA, as_plain, finite, require_sums
 from .lora_file import PLAIN, LoraFile, Module, require_plain
 from .naming import architecture_of
 from .resize import one_or_dynamic, svd_of_product
@@ -82,6 +82,14 @@ def add(parts: Sequence[Part], settings: MergeSettings) -> Module:
             why="their matrices have different shapes.",
             fix="use the method concat, or svd with a rank",
         )
+    if min(module.alpha for module, _ in parts) <= 0:
+        raise LoraGraftError(
+            "LG-TOOL-009",
+            "A LoRA whose alpha is not above 0 cannot be added factor by factor.",
+            where=f"{first.name}: alphas {', '.join(f'{module.alpha:g}' for module, _ in parts)}",
+            why="the factors are brought to one scale by the square root of the alphas' ratio.",
+            fix="use the method concat, or svd with a rank",
+        )
     scales = [math.sqrt(module.alpha / first.alpha) * ratio for module, ratio in parts]
     pairs = [module.factors() for module, _ in parts]
     up = torch.stack([u * abs(s) for (u, _), s in zip(pairs, scales, strict=True)]).sum(0)
@@ -98,6 +106,9 @@ METHODS: dict[str, Callable[[Sequence[Part], MergeSettings], Module]] = {
 
 def _exact(parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
     pairs = [(module.factors(), ratio * module.scale) for module, ratio in parts]
+    for (module, _), (factors, _) in zip(parts, pairs, strict=True):
+        for factor in factors:
+            finite(factor, module)
     return torch.cat([up * s for (up, _), s in pairs], 1), torch.cat([down for (_, down), _ in pairs], 0)
 
 

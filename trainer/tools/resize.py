@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import LoraGraftError
-from .deltas import as_plain, require_sums
+from .deltas import as_plain, finite, require_sums
 from .lora_file import LoraFile, Module
 
 MIN_SV = 1e-6  # a module whose largest singular value is not above this is empty
@@ -87,7 +87,7 @@ def resize(
 def resize_module(module: Module, settings: ResizeSettings, device: str = "cpu") -> tuple[Module, Resized]:
     """Resize one module; a rank above the old one is not needed for the same change, so it is not taken."""
     module = as_plain(module)
-    up, down = (factor.to(device) for factor in module.factors())
+    up, down = (finite(factor, module).to(device) for factor in module.factors())
     u, s, vh = svd_of_product(up, down)
     large = len(module.shape()) == 4
     most = settings.conv_rank if large and settings.conv_rank is not None else settings.new_rank

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..adapters.files import PREDICTION, TERMINAL, VELOCITY
 from ..engine.precision import pick_device, place, resolve, visiting
 from ..errors import LoraGraftError, listed, nearest
 from ..families.clip_tokens import CHUNK, weighted_ids
@@ -200,9 +201,12 @@ def _ready(
     if vae is not None:
         state: Mapping[str, Any] = {**base.state_dicts, "vae": read_vae(vae)}
         base = Base(base.family, base.name, state, base.tokenizer_folder, owned=base.owned)
+    files = [(read_lora(path), strength) for path, strength in loras]
+    for file, _ in files:
+        _check_prediction(file, settings)
     parts = base.load()
     add_embeddings(parts, embeddings)
-    merge_into_modules(parts, [(read_lora(path), strength) for path, strength in loras])
+    merge_into_modules(parts, files)
     place(
         parts,
         resolve(settings.mixed_precision, pick_device(device)),
@@ -210,6 +214,23 @@ def _ready(
         text_at_every_step=False,
     )
     return parts
+
+
+def _check_prediction(file: LoraFile, settings: SampleSettings) -> None:
+    """Refuse a LoRA whose metadata name another prediction or noise than is drawn with."""
+    reason = None
+    if file.metadata.get(TERMINAL) == "True":
+        reason, fix = "with zero_terminal_snr, and the noise here ends earlier", "use loragraft preview"
+    elif file.metadata.get(PREDICTION) == VELOCITY and not settings.velocity:
+        reason, fix = "for a base that predicts v", "add --v_parameterization"
+    if reason:
+        raise LoraGraftError(
+            "LG-TOOL-005",
+            f"'{file.name[:60]}' cannot be drawn with these settings.",
+            where=f"{file.name[:60]}: metadata",
+            why=f"it was trained {reason}; the images would not be what it learnt.",
+            fix=fix,
+        )
 
 
 @torch.no_grad()
