@@ -30,11 +30,12 @@ NETWORKS: Mapping[str, dict[str, Any]] = {
     "DoRA": {"dora_wd": True},
     "LoHa": {"algo": "loha", "network_dim": 8, "network_alpha": 8.0},
     "LoKr": {"algo": "lokr", "factor": 4, "network_dim": 16, "network_alpha": 16.0, **FAST},
-    "DyLoRA": {"algo": "dylora", "unit": 8, **FAST},
+    # Each step trains one block of ranks, so that it needs more of them.
+    "DyLoRA": {"algo": "dylora", "unit": 16, "max_train_steps": 600, **FAST},
     "OFT": {"algo": "oft", "network_dim": 8},
     "BOFT": {"algo": "boft", "network_dim": 8},
     "GLoRA": {"algo": "glora"},
-    "full": {"algo": "full", "learning_rate": 3e-4, "text_encoder_lr": 1e-4},
+    "full": {"algo": "full", "learning_rate": 1e-3, "text_encoder_lr": 3e-4},
 }
 OPTIMIZERS: Mapping[str, dict[str, Any]] = {
     "AdamW8bit": {"optimizer_type": "AdamW8bit"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from comfy_api.latest import io
@@ -15,6 +15,9 @@ from .sockets import Settings
 TITLE = "Kohya Config"
 PROMPTS = "sample_prompts"
 EXAMPLE = "--network_module=networks.lora --network_dim=32 --network_alpha=16 --learning_rate=1e-4"
+
+# What a config leaves out and Train LoRA has a value for that is the user's own.
+OF_THE_GRAPH = ("output_name", "seed", "training_comment", "metadata_title")
 
 log = logging.getLogger("loragraft")
 
@@ -73,8 +76,7 @@ class KohyaConfig(io.ComfyNode):
         own, notes = _read(config)
         for note in notes:
             log.info("%s: %s", TITLE, note)
-        left_out = {name: value for name, value in _defaults().items() if name not in (settings or {})}
-        return io.NodeOutput(groups.joined(settings, {**left_out, **own}, TITLE), "\n".join(notes))
+        return io.NodeOutput(groups.joined(settings, own, TITLE), "\n".join(notes))
 
 
 def _defaults() -> dict[str, Any]:
@@ -90,7 +92,7 @@ def _defaults() -> dict[str, Any]:
     return {name: getattr(api.TrainConfig(), name) for name in names}
 
 
-def _read(text: str) -> tuple[dict[str, Any], list[str]]:
+def _read(text: str) -> tuple[groups.Linked, list[str]]:
     """Return the settings of a run, and the notes on all else."""
     from ..trainer import api
 
@@ -100,16 +102,19 @@ def _read(text: str) -> tuple[dict[str, Any], list[str]]:
     api.make_both({**found.settings, **prompts}, where=TITLE)
     known = api.TrainConfig.__dataclass_fields__
     own = {name: value for name, value in found.settings.items() if name in known}
-    places = {name: value for name, value in found.places.items() if name != PROMPTS}
+    filled = {name: value for name, value in own.items() if name in found.filled}
+    given = groups.Linked(
+        {name: value for name, value in own.items() if name not in filled},
+        {n: v for n, v in {**_defaults(), **filled}.items() if n not in OF_THE_GRAPH},
+    )
+    places = [name for name in found.places if name != PROMPTS]
     notes = [*found.notes, *_elsewhere(places, "the loader nodes")]
     if prompts:
-        file = found.places[PROMPTS]
-        notes.append(f"{PROMPTS} = {file}: write the file's lines into {PROMPTS} on Train LoRA.")
-    return own, notes + _elsewhere({n: v for n, v in found.settings.items() if n not in own}, "Build Dataset")
+        notes.append(f"{PROMPTS}: write the file's lines into {PROMPTS} on Train LoRA.")
+    data = (name for name in found.settings if name not in own)
+    return given, notes + _elsewhere(data, "Build Dataset")
 
 
-def _elsewhere(values: Mapping[str, Any], where: str) -> list[str]:
-    return [
-        f"{name} = {value}: in a graph this stands on {where}, set it there."
-        for name, value in values.items()
-    ]
+def _elsewhere(names: Iterable[str], where: str) -> list[str]:
+    """Say where settings stand in a graph; values may be paths, which no saved workflow should hold."""
+    return [f"{name}: in a graph this stands on {where}, set it there." for name in names]

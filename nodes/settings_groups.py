@@ -7,7 +7,7 @@ whose ``settings`` output is linked to it, or to the next of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,23 @@ from ..trainer import checks, config
 from ..trainer.errors import LoraGraftError, listed
 from . import widgets
 
-Settings = dict[str, Any]  # what flows between these nodes: settings by name, checked values
+Settings = dict[str, Any]  # settings by name, checked values
+
+
+@dataclass(frozen=True)
+class Linked:
+    """What flows between these nodes: settings that were given, and those that a config leaves out.
+
+    The latter have the defaults of the trainer that the config is for; they count where no node gives them.
+    """
+
+    given: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def values(self) -> Settings:
+        """All settings."""
+        return {**self.left_out, **self.given}
 
 
 @dataclass(frozen=True)
@@ -112,11 +128,11 @@ SCHEDULE = Group(
         "linear": (),
         "cosine_with_restarts": ("lr_scheduler_num_cycles",),
         "polynomial": ("lr_scheduler_power",),
-        "cosine_with_min_lr": ("lr_scheduler_min_lr_ratio",),
+        "cosine_with_min_lr": ("lr_scheduler_min_lr_ratio", "lr_scheduler_num_cycles"),
         "inverse_sqrt": ("lr_scheduler_timescale",),
-        "warmup_stable_decay": ("lr_decay_steps", "lr_scheduler_min_lr_ratio"),
+        "warmup_stable_decay": ("lr_decay_steps", "lr_scheduler_min_lr_ratio", "lr_scheduler_num_cycles"),
         "piecewise_constant": (),
-        "cosine_with_warm_restarts": (),
+        "cosine_with_warm_restarts": ("lr_scheduler_num_cycles",),
         "adafactor": (),
     },
     ("lr_warmup_steps", "lr_scheduler_type", "lr_scheduler_args"),
@@ -176,9 +192,10 @@ def values_of(group: Group, given: Mapping[str, Any]) -> Settings:
     return checks.check_values(config.TrainConfig, plain, where=group.title)
 
 
-def joined(before: Mapping[str, Any] | None, own: Mapping[str, Any], title: str) -> Settings:
+def joined(before: Linked | None, own: Linked, title: str) -> Linked:
     """Return the settings of nodes linked in a row; raises LG-NODE-030 where two give one setting."""
-    twice = [name for name in own if name in (before or {})]
+    before = before or Linked()
+    twice = [name for name in own.given if name in before.given]
     if twice:
         raise LoraGraftError(
             "LG-NODE-030",
@@ -187,7 +204,7 @@ def joined(before: Mapping[str, Any] | None, own: Mapping[str, Any], title: str)
             why="only one of the two values could count.",
             fix="take one of the nodes out of the row",
         )
-    return {**(before or {}), **own}
+    return Linked({**before.given, **own.given}, {**before.left_out, **own.left_out})
 
 
 def told(linked: Mapping[str, Any], on_node: Mapping[str, Any]) -> list[str]:

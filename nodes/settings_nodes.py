@@ -41,7 +41,7 @@ class _Node(io.ComfyNode):
 
     @classmethod
     def execute(cls, settings: Any = None, **given: Any) -> io.NodeOutput:
-        own = groups.values_of(cls.GROUP, given)
+        own = groups.Linked(groups.values_of(cls.GROUP, given))
         return io.NodeOutput(groups.joined(settings, own, cls.GROUP.title))
 
 

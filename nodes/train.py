@@ -143,10 +143,9 @@ class TrainLoRA(io.ComfyNode):
         from . import host, host_sampling
         from .live import Live, step_of_sample
 
-        linked = _linked(settings or {})
+        linked = _linked(settings.values if settings else {})
         config = widgets.train_config(values, linked)
-        for line in settings_groups.told(linked, widgets.settings(TrainConfig, values)):
-            log.info("%s", line)
+        overridden = settings_groups.told(linked, widgets.settings(TrainConfig, values))
         runs = sweep_runs(sweep, config) if sweep else []
         workflow = _workflow(cls.hidden.extra_pnginfo)
         head = {"node": str(cls.hidden.unique_id), "workflow": workflow.get("id")}
@@ -155,6 +154,9 @@ class TrainLoRA(io.ComfyNode):
             settings_groups.found_weights(run.config, config.network_weights, host.lora_file) for run in runs
         ]
         jobs = [(train_set, each) for each in configs or [config]]
+        for line in overridden:
+            log.info("%s", line)
+            live.take(api.Note(line))
         finished = _train(model, clip, vae, jobs, workflow, existing_run == AFRESH, live)
         for number, end in finished.items():
             if end.reused:

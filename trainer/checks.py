@@ -63,9 +63,7 @@ def check_values(cls: type, values: Mapping[str, Any], *, where: str) -> dict[st
             f"Unknown setting {listed(repr(k) for k in unknown)}.",
             where=where,
             why="a misspelt setting would be trained without, and nobody would notice.",
-            fix=f"did you mean '{guess[0]}'?"
-            if guess
-            else "'loragraft train --help' lists all settings",
+            fix=f"did you mean '{guess[0]}'?" if guess else "'loragraft train --help' lists all settings",
         )
     return {key: _checked(cls, key, hints[key], value, where) for key, value in values.items()}
 
@@ -82,9 +80,7 @@ def make_both(values: Mapping[str, Any], *, where: str = "settings") -> tuple[Da
                 f"Unknown setting '{key}'.",
                 where=where,
                 why="a misspelt setting would be trained without, and nobody would notice.",
-                fix=f"did you mean '{guess[0]}'?"
-                if guess
-                else "'loragraft train --help' lists all settings",
+                fix=f"did you mean '{guess[0]}'?" if guess else "'loragraft train --help' lists all settings",
             )
     data = make(DatasetConfig, {k: v for k, v in values.items() if k in data_keys}, where=where)
     return data, make(TrainConfig, {k: v for k, v in values.items() if k in train_keys}, where=where)

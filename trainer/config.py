@@ -71,6 +71,8 @@ def literals(setting: str, items: Iterable[str], example: str) -> dict[str, Any]
             if len(text) > MAX_LITERAL:  # the parser's depth has no limit of its own
                 raise ValueError(f"longer than {MAX_LITERAL} characters")
             result[key] = read_literal(text)
+            if "inf" in repr(result[key]):  # 1e999
+                raise ValueError("not finite")
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise LoraGraftError(
                 "LG-CFG-002",

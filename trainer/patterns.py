@@ -2,7 +2,7 @@
 
 Workflows are untrusted, and some regular expressions need exponential time. So a group cannot be repeated,
 nothing looks around or back, at most three parts repeat without bound, and at most eight places are a choice
-of two; names of modules are short.
+of two; there are at most a hundred patterns, and names of modules are short.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-LONGEST = 200
+LONGEST, MOST = 200, 100
 REPEATS, CHOICES = 3, 8
 _GROUP_REPEATED = re.compile(r"\)\s*[*+{]")
 _UNBOUNDED = re.compile(r"(?<!\\)(?:\\\\)*(?:[*+]|\{\d*,\d*\}|\{\d{2,}\})")
@@ -37,12 +37,15 @@ class Rule:
 
 def rules(items: Iterable[str]) -> list[Rule]:
     """Read entries pattern=number; HCP's mark "re:" may stand before. Raises ValueError with the reason."""
-    return [_rule(item) for item in items]
+    found = [_rule(item) for item in items]
+    if len(found) > MOST:
+        raise ValueError(f"{len(found)} patterns are more than {MOST}")
+    return found
 
 
 def patterns(items: Iterable[str]) -> list[Rule]:
     """Read patterns without a number; raises ValueError with the reason."""
-    return [_rule(f"{item}=1") for item in items]
+    return rules(f"{item}=1" for item in items)
 
 
 def first(found: Iterable[Rule], *names: str) -> Rule | None:

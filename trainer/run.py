@@ -204,9 +204,7 @@ def open_runs(jobs: Sequence[Job], cache: Path, before: Mapping[str, Any]) -> li
     for job, own, each in zip(jobs, groups, words, strict=True):
         if each.vectors:
             own.append(Group("embedding", job.config.embedding_lr * lr_scale(job.config), each.parameters()))
-    optimizers = [
-        build_optimizer(job.config, as_pairs(own)) for job, own in zip(jobs, groups, strict=True)
-    ]
+    optimizers = [build_optimizer(job.config, as_pairs(own)) for job, own in zip(jobs, groups, strict=True)]
     runs: list[Run] = []
     scalers = [precision.scaler() for _ in jobs]
     losses_of = partial(_losses, runs)

@@ -57,10 +57,20 @@ def test_an_impossible_value_names_the_node() -> None:
 
 
 def test_two_nodes_of_a_kind_in_a_row_are_refused() -> None:
-    first = groups.values_of(groups.SAVING, {"sample_at_first": True})
+    first = groups.Linked(groups.values_of(groups.SAVING, {"sample_at_first": True}))
     with pytest.raises(LoraGraftError, match="LG-NODE-030"):
-        groups.joined(first, {"sample_at_first": False}, "Saving")
-    assert groups.joined(first, {"algo": "loha"}, "Network") == {"sample_at_first": True, "algo": "loha"}
+        groups.joined(first, groups.Linked({"sample_at_first": False}), "Saving")
+    both = groups.joined(first, groups.Linked({"algo": "loha"}), "Network")
+    assert both.values == {"sample_at_first": True, "algo": "loha"}
+
+
+@pytest.mark.parametrize("config_first", [True, False])
+def test_what_a_config_leaves_out_gives_way_to_a_node(config_first: bool) -> None:
+    config = groups.Linked({"network_dim": 8}, {"lr_warmup_steps": 0, "learning_rate": 2e-6})
+    node = groups.Linked({"lr_warmup_steps": 0.1})
+    row = [config, node] if config_first else [node, config]
+    both = groups.joined(row[0], row[1], "second")
+    assert both.values == {"network_dim": 8, "lr_warmup_steps": 0.1, "learning_rate": 2e-6}
 
 
 def test_linked_settings_count_and_are_told() -> None:

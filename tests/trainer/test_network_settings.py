@@ -93,6 +93,7 @@ BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"network_reg_dims": ["to_k"]}, ("network_reg_dims", "pattern=number")),
     ({"network_reg_dims": ["(=4"]}, ("network_reg_dims", "no regular expression")),
     ({"network_reg_dims": ["(a+)+$=4"]}, ("network_reg_dims", "repeats a group")),
+    ({"network_reg_dims": [f"attn{i}=4" for i in range(101)]}, ("network_reg_dims", "more than 100")),
     ({"network_reg_dims": ["a" * 201 + "=4"]}, ("network_reg_dims", "longer than 200")),
     ({"network_reg_dims": ["to_k=2.5"]}, ("network_reg_dims", "ranks of 0 to 1024")),
     ({"network_reg_dims": ["to_k=-1"]}, ("network_reg_dims", "ranks of 0 to 1024")),

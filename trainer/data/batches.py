@@ -12,6 +12,7 @@ from .train_set import Group, Size, TrainSet
 
 Part = tuple[Size, tuple[int, ...]]  # a bucket, and the images of a batch
 
+
 @dataclass(frozen=True)
 class Batch:
     """Images of one bucket (width, height); ``indices`` point into ``TrainSet.records``, repeats included.
@@ -61,9 +62,7 @@ def is_mirrored(seed: int, epoch: int, name: str, use: int) -> bool:
     return random.Random(f"{seed}-{epoch}-{name}-{use}-flip").random() < 0.5
 
 
-def _group_parts(
-    train_set: TrainSet, group: Group, batch_size: int, rng: random.Random
-) -> list[Part]:
+def _group_parts(train_set: TrainSet, group: Group, batch_size: int, rng: random.Random) -> list[Part]:
     members: dict[Size, list[int]] = {}
     for index in range(group.first, group.last):
         repeated = [index] * train_set.records[index].repeats

@@ -10,6 +10,8 @@ UP, DOWN = 1.1, 1 / 1.1
 # An escaped bracket or backslash, a lone backslash, a bracket, the end of a weighted one, or plain text.
 MARK = re.compile(r"\\[()\[\]\\]|\\|[()\[\]]|:([+-]?(?:\d+\.?\d*|\.\d+))\)|[^\\()\[\]:]+|:")
 
+SMALLEST_MEAN = 1e-6
+
 
 def parse_emphasis(text: str) -> list[tuple[str, float]]:
     """Split a caption into pieces and their weights, as webui and the reference trainer read it.
@@ -54,10 +56,10 @@ def emphasise(cond: torch.Tensor, weights: torch.Tensor, *, keep_mean: bool) -> 
     """Return the conditioning (B, L, D) times the weights (B, L) of its places, in cond's dtype.
 
     ``keep_mean`` scales each caption's conditioning back to the mean that it had, as webui and
-    HCP-Diffusion do; the reference trainer leaves it.
+    HCP-Diffusion do; the reference trainer leaves it. A mean too near to 0 to divide by is left too.
     """
     weighted = cond * weights[..., None]
     if keep_mean:
         before, after = (x.float().mean(dim=(1, 2), keepdim=True) for x in (cond, weighted))
-        weighted = weighted * (before / after)
+        weighted = weighted * torch.where(after.abs() > SMALLEST_MEAN, before / after, 1.0)
     return weighted.to(cond.dtype)

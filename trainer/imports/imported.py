@@ -18,13 +18,15 @@ class Imported:
     """A foreign config in this project's words.
 
     ``settings`` go to ``make_both``; ``places`` are paths as they were written (PLACES of kohya_table);
-    ``reading`` are options of a folder scan; ``notes`` say what was filled in or means nothing here.
+    ``reading`` are options of a folder scan; ``notes`` say what was filled in or means nothing here;
+    ``filled`` are the settings that have the other trainer's defaults.
     """
 
     settings: dict[str, Any]
     places: dict[str, str] = field(default_factory=dict)
     reading: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    filled: frozenset[str] = frozenset()
 
 
 @dataclass

@@ -55,6 +55,7 @@ def read_kohya(text: str, *, where: str = "config") -> Imported:
             value == 0 and name in table.ZERO_IS_OFF
         ):
             settings[name] = value
+    filled = frozenset(name for name in table.KOHYA_DEFAULTS if name not in settings)
     _fill_defaults(settings, found)
     _translate(values, settings, found)
     _drop_idle(settings, places, found)
@@ -62,7 +63,7 @@ def read_kohya(text: str, *, where: str = "config") -> Imported:
     _one_dataset(values, places, found)
     found.raise_any()
     _check_kept_tokens(settings, places, where)
-    return Imported(settings, places, reading, tuple(found.notes))
+    return Imported(settings, places, reading, tuple(found.notes), filled)
 
 
 def _fill_defaults(settings: dict[str, Any], found: Findings) -> None:

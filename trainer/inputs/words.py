@@ -63,8 +63,8 @@ class Words:
     def lines(self, name: str) -> list[str]:
         """Say what is trained and how it is used; ``name`` is the LoRA's."""
         return [
-            f"trains the embedding of '{word}' with {len(rows)} vectors; it becomes {name}-{word}.safetensors;"
-            f" ComfyUI finds it in models/embeddings{_use(f'{name}-{word}')}"
+            f"trains the embedding of '{word}' with {len(rows)} vectors as {name}-{word}.safetensors; "
+            f"ComfyUI finds it in models/embeddings{_use(f'{name}-{word}')}"
             for word, rows in self.vectors.items()
         ]
 
