@@ -41,6 +41,7 @@ NOT_SWEPT = {
     "base_storage": SHARED_WHY,
     "memory": SHARED_WHY,
     "blocks_to_swap": SHARED_WHY,
+    "fused_backward_pass": SHARED_WHY,
 }
 SETTINGS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 HINTS = typing.get_type_hints(TrainConfig)

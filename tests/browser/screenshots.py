@@ -126,7 +126,8 @@ def run_graph(page: Any, graph: dict[str, Any]) -> None:
     page.load(graph)
     page.frame()
     page.queue()
-    page.wait("idle()", timeout_s=3600)
+    while not page.ask("idle()"):
+        page.raw.wait_for_timeout(1000)
     page.frame()
     for node in page.ask("app.rootGraph.nodes.map(n => n.id).filter(id => probe.hasImages(id))"):
         page.wait("showsImages(a[0])", node)

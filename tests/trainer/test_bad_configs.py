@@ -231,7 +231,6 @@ HCP: dict[str, tuple[str, str, str]] = {
     "a misspelt table": ("modle.clip_skip=1", "LG-CFG-001", "model"),
     "a misspelt key": ("train.train_epoch=1", "LG-CFG-001", "train_epochs"),
     "a schedule of another length": ("train.scheduler.name=cosine", "LG-IMP-002", "num_training_steps: 600"),
-    "an average of weights": ("model.ema_unet=0.999", "LG-IMP-002", "ema_unet: 0"),
     "a share as rank": ("lora_unet.0.rank=0.1", "LG-IMP-002", "whole number"),
     "rank 0": ("lora_unet.0.rank=0", "LG-CFG-003", "rank: 8"),
     "a rate of words": ("lora_unet.0.lr=fast", "LG-CFG-003", "lr: 1e-4"),

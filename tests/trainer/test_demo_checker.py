@@ -30,6 +30,7 @@ def test_checker_sees_nothing_in_a_bare_background() -> None:
 
 
 @pytest.mark.parametrize("seed", [creatures.HERO_SEED, *creatures.MORE_SEEDS])
+@pytest.mark.slow
 def test_recogniser_tells_a_creature_from_ten_others(seed: int) -> None:
     rng = np.random.default_rng([seed, 5])
     hits = []

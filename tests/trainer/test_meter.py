@@ -89,6 +89,7 @@ def test_the_prediction_is_the_reality(model: models.Model, share: float, batch:
     assert predicted.peak > predicted.saved > 0 or share == 1.0
 
 
+@pytest.mark.slow
 def test_without_gradients_nothing_is_kept(model: models.Model) -> None:
     sampling = measure(model.loss, models.inputs(), model.roots, models.CPU, backward=False)
     training = measure(model.loss, models.inputs(), model.roots, models.CPU)
@@ -96,6 +97,7 @@ def test_without_gradients_nothing_is_kept(model: models.Model) -> None:
     assert sampling.peak < training.peak / 3
 
 
+@pytest.mark.slow
 def test_in_half_precision_too(model: models.Model) -> None:
     def loss(tensors: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):

@@ -87,6 +87,7 @@ def test_an_operation_that_computes_something_else_is_not_used(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("conv_dim", [None, 4])
+@pytest.mark.slow
 def test_a_bf16_run_learns_the_same_with_them(
     training: runs.Training, monkeypatch: pytest.MonkeyPatch, conv_dim: int | None
 ) -> None:
@@ -100,6 +101,7 @@ def test_a_bf16_run_learns_the_same_with_them(
     assert runs.losses(packed) == pytest.approx(runs.losses(without), rel=2e-2)
 
 
+@pytest.mark.slow
 def test_memory_can_be_predicted_with_them(base: api.Base, training: runs.Training) -> None:
     from loragraft.trainer import fit
 

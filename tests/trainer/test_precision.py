@@ -341,6 +341,7 @@ def gradients(base: api.Base, how: str, seed: int, storage: str = "as_is") -> tu
     return torch.cat([p.grad.double().flatten() for p in trained if p.grad is not None]), lines
 
 
+@pytest.mark.slow
 def test_explicit_bf16_is_as_near_to_fp64_as_autocast(tmp_path: Path, tokenizer: Path) -> None:
     errors: dict[str, float] = {"autocast": 0.0, "bf16": 0.0}
     for seed in range(3):

@@ -77,7 +77,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(params=list(VARIANTS))
+# The quick suite has the richest one; test_split_points has all of it in one run, at places of its own.
+QUICK = ("accumulated",)
+
+
+@pytest.fixture(params=[n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS])
 def variant(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of one variant; every step is saved, so that every step can be compared."""
     run, data = VARIANTS[request.param]

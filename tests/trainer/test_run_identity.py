@@ -116,6 +116,7 @@ def test_more_steps_continue_where_the_schedule_allows_it(training: runs.Trainin
     assert longer.losses == straight.losses
 
 
+@pytest.mark.slow
 def test_fewer_steps_than_were_trained_give_the_lora_of_that_step(training: runs.Training) -> None:
     options = {"lr_scheduler": "constant", "save_every_n_steps": 2}
     shorter = training.elsewhere("shorter").finish(max_train_steps=4, **options)

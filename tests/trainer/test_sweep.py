@@ -42,7 +42,7 @@ def test_every_value_is_combined_with_every_other_and_the_last_line_changes_fast
     ("text", "name", "expected"),
     [
         ("seed: 1,2 , 3", "seed", [1, 2, 3]),
-        ("learning_rate: .5, 1e-3, 1", "learning_rate", [0.5, 1e-3, 1.0]),
+        ("learning_rate: .05, 1e-3, 0.1", "learning_rate", [0.05, 1e-3, 0.1]),
         ("network_train_unet_only: true, false", "network_train_unet_only", [True, False]),
         ("lr_scheduler: cosine, constant", "lr_scheduler", ["cosine", "constant"]),
         ("min_snr_gamma: none, 5", "min_snr_gamma", [None, 5.0]),
@@ -92,7 +92,9 @@ def test_files_are_named_after_their_values() -> None:
         "training_comment: " + ", ".join("x" * 50 + str(i) for i in range(20)),
         "sample_prompts: ['\u732b'], ['\u72ac'], ['../..']",
         "learning_rate: 1.00000001e-4, 1.00000002e-4, 1e-4",
-        "\n".join(f"{n}: 1, 2" for n in ("seed", "network_dim", "sample_steps", "lr_scheduler_num_cycles")),
+        "\n".join(
+            f"{n}: 1, 2" for n in ("seed", "network_dim", "sample_steps", "gradient_accumulation_steps")
+        ),
     ],
 )
 @pytest.mark.parametrize("output_name", ["cat", "\u732b" * 40])
@@ -132,7 +134,7 @@ def test_what_names_have_in_common_ends_before_a_setting_or_word(found: list[str
     ("text", "code", "named"),
     [
         ("learning_rat: 1, 2", "LG-CFG-001", "'learning_rate'"),
-        ("colour: 1, 2", "LG-CFG-001", "network_dim"),
+        ("colour: 1, 2", "LG-CFG-001", "did you mean"),
         ("resolution: 512, 768", "LG-SWEEP-002", "dataset"),
         ("output_name: a, b", "LG-SWEEP-002", "name of its own"),
         ("seed 1, 2", "LG-SWEEP-001", "setting: value"),

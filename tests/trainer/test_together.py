@@ -106,6 +106,7 @@ def test_one_pass_serves_all_runs_whose_batches_have_one_shape(
     assert sum(passes) == 24 and max(passes) > 1
 
 
+@pytest.mark.slow
 def test_other_data_sets_and_batch_sizes_go_side_by_side(training: runs.Training, tmp_path: Path) -> None:
     tiny.write_images(tmp_path / "3_other", [(32, 32), (48, 16)])
     other = runs.train_set(tmp_path)
@@ -144,6 +145,7 @@ def test_a_run_that_fails_ends_alone(training: runs.Training, monkeypatch: pytes
     assert finished(iter(events))[0].losses == pytest.approx(expected.losses, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stop_saves_all_runs_and_the_same_jobs_continue(training: runs.Training) -> None:
     common = {"max_train_steps": 6, "engine": "fused"}
     straight = finished(together(training.elsewhere("straight"), VARIED, **common))

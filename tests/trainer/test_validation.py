@@ -287,6 +287,7 @@ def test_overfitting_is_named_once(here: runs.Training, monkeypatch: pytest.Monk
     assert "Overfitting" in (runs.only(events, api.Finished).run_folder / "log.log").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_its_measures(here: runs.Training, tmp_path: Path) -> None:
     options = {"max_train_steps": 6, "save_every_n_steps": 2, "validate_every_n_steps": 3}
     straight = here.elsewhere("straight").finish(**options)
