@@ -43,7 +43,7 @@ OPTIMIZERS: Mapping[str, dict[str, Any]] = {
         "optimizer_type": "Adafactor",
         "optimizer_args": ["relative_step=False", "scale_parameter=False", "warmup_init=False"],
     },
-    "Lion": {"optimizer_type": "Lion", "learning_rate": 5e-4, "text_encoder_lr": 2e-4},
+    "Lion": {"optimizer_type": "Lion", "learning_rate": 1e-3, "text_encoder_lr": 4e-4},
     "Prodigy": {"optimizer_type": "Prodigy", **ONE_RATE},
     "DAdaptAdam": {"optimizer_type": "DAdaptAdam", **ONE_RATE},
     "AdamWScheduleFree": {

@@ -84,6 +84,7 @@ def test_the_demo_workflow_runs(server: Comfy, info: dict[str, Any]) -> None:
         "max_train_steps": 2,
         "save_every_n_steps": 1,
         "output_name": "workflow_demo",
+        "lr_warmup_steps": 0,
     }
     graph[ids["LoraGraftPreviewWithLoRA"]]["inputs"] |= {"steps": 2}
     before = len(server.log)
@@ -98,7 +99,11 @@ def test_the_sweep_workflow_runs(server: Comfy, info: dict[str, Any]) -> None:
     workflow = read(workflows.SWEEP_NAME)
     graph = to_prompt(workflow, info)
     ids = {n["class_type"]: i for i, n in graph.items()}
-    graph[ids["LoraGraftTrainLoRA"]]["inputs"] |= {"max_train_steps": 2, "output_name": "workflow_sweep"}
+    graph[ids["LoraGraftTrainLoRA"]]["inputs"] |= {
+        "max_train_steps": 2,
+        "output_name": "workflow_sweep",
+        "lr_warmup_steps": 0,
+    }
     graph[ids["LoraGraftPreviewWithLoRA"]]["inputs"] |= {"steps": 2}
     before = len(server.log)
     outputs = server.run(graph, workflow)

@@ -75,15 +75,15 @@ Press **Run**: it works on the sample images. Nothing is written but a preview; 
 def dataset_workflow(info: Info) -> Workflow:
     """Return the workflow of the dataset steps, on the embedded images."""
     sheet = _sheet(info, "8d7b0b52-41f5-4d8c-8d2e-3c1b5a6e9f04", DATASET_NOTE)
-    images = sheet.add("LoraGraftLoadImageFolder", (40, 560), (300, 230), {"path": "[demo]"})
-    found = sheet.add("PreviewAny", (40, 860), (300, 300))
+    images = sheet.add("LoraGraftLoadImageFolder", (40, 560), (300, 300), {"path": "[demo]"})
+    found = sheet.add("PreviewAny", (40, 930), (300, 230))
     twins = sheet.add("LoraGraftFindDuplicates", (400, 40), (340, 400))
     crop = sheet.add("LoraGraftCrop", (400, 520), (340, 640), {"mode": "square", "width": 64, "height": 64})
-    tag = sheet.add("LoraGraftWD14Tag", (800, 40), (340, 360), mode=BYPASSED)
+    tag = sheet.add("LoraGraftWD14Tag", (800, 40), (340, 400), mode=BYPASSED)
     edit = sheet.add(
-        "LoraGraftEditCaptions", (800, 460), (340, 260), {"operations": "trigger: zogi\ndeduplicate"}
+        "LoraGraftEditCaptions", (800, 510), (340, 310), {"operations": "trigger: zogi\ndeduplicate"}
     )
-    edits = sheet.add("PreviewAny", (800, 780), (340, 380))
+    edits = sheet.add("PreviewAny", (800, 890), (340, 270))
     build = sheet.add(
         "LoraGraftBuildDataset",
         (1200, 40),
@@ -213,9 +213,9 @@ def _rest(
     checkpoints: bool = True,
 ) -> int:
     """Add all behind the base, down to the grid; return Train LoRA."""
-    images = sheet.add("LoraGraftLoadImageFolder", (40, 680), (300, 240), folder)
-    dataset = sheet.add("LoraGraftBuildDataset", (40, 960), (300, 560), build)
-    report = sheet.add("PreviewAny", (40, 1580), (300, 240))
+    images = sheet.add("LoraGraftLoadImageFolder", (40, 680), (300, 300), folder)
+    dataset = sheet.add("LoraGraftBuildDataset", (40, 1040), (300, 540), build)
+    report = sheet.add("PreviewAny", (40, 1640), (300, 180))
     training = sheet.add("LoraGraftTrainLoRA", (400, 40), (440, 1580), train)
     grid = sheet.add("LoraGraftPreviewWithLoRA", (900, 40), (560, 1160), preview)
     sheet.link(images, 0, dataset, "dataset")

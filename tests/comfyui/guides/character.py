@@ -58,10 +58,9 @@ def character_workflow(info: Info) -> Workflow:
     columns = Columns(sheet)
     columns.begin()
     columns.note(INTRO, 290)
-    base = columns.add("LoraGraftLoadDemoBase", 100)
     images = columns.add("LoraGraftLoadImageFolder", 290, {"path": "[demo]"})
     found = columns.add("PreviewAny", 240, title="What was found")
-    columns.frame("1  Base and images")
+    columns.frame("1  Images")
 
     columns.begin()
     columns.note(TAGGING, 230)
@@ -93,10 +92,11 @@ def character_workflow(info: Info) -> Workflow:
             "text_encoder_lr: 1e-3, 8e-4, 5e-4"
         },
     )
-    columns.add("LoraGraftNetwork", 520, {"algo": "locon", "algo.conv_dim": 4, "algo.conv_alpha": 2.0})
+    columns.add("LoraGraftNetwork", 600, {"algo": "locon", "algo.conv_dim": 4, "algo.conv_alpha": 2.0})
     columns.frame("4  Network")
 
     columns.begin(460)
+    base = columns.add("LoraGraftLoadDemoBase", 100)
     train = columns.add(
         "LoraGraftTrainLoRA",
         1500,
@@ -110,7 +110,7 @@ def character_workflow(info: Info) -> Workflow:
             "preview_image": False,
         },
     )
-    columns.frame("5  Train")
+    columns.frame("5  Base and training")
 
     columns.begin(620)
     columns.note(JUDGE, 110)

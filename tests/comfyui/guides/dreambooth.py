@@ -42,9 +42,8 @@ node's own rate. The rates here suit the tiny base: for a LoRA of SD1.x begin wi
 **Network** with `algo` *full* trains whole layers, as `layers: ['']` does; the guide's rate for that is \
 1e-6.
 
-**Text and Embeddings** is bypassed. Switched on (Ctrl+B), it trains the word's own embedding too. Its \
-file lies beside the LoRA: move it to `models/embeddings`, and write `embedding:` and its name into \
-prompts.
+**Text and Embeddings** is bypassed. Switched on (Ctrl+B), it trains the word's own embedding too, into \
+`models/embeddings`: in prompts write `embedding:` and the name that the log gives.
 """
 GENERATE = """### 生成图像, 模型格式转换
 
@@ -90,7 +89,7 @@ def dreambooth_workflow(info: Info) -> Workflow:
     columns.begin()
     columns.note(LAYERS, 290)
     network = columns.add(
-        "LoraGraftNetwork", 520, {"algo": "locon", "algo.conv_dim": 8, "algo.conv_alpha": 8.0}
+        "LoraGraftNetwork", 600, {"algo": "locon", "algo.conv_dim": 8, "algo.conv_alpha": 8.0}
     )
     blocks = columns.add(
         "LoraGraftBlocks",

@@ -70,11 +70,9 @@ def kohya_workflow(info: Info) -> Workflow:
     columns = Columns(sheet)
     columns.begin()
     columns.note(INTRO, 320)
-    base = columns.add("LoraGraftLoadDemoBase", 100)
-    clip = columns.add("CLIPSetLastLayer", 70, {"stop_at_clip_layer": -2})
     images = columns.add("LoraGraftLoadImageFolder", 290, {"path": "[demo]"})
     build = columns.add("LoraGraftBuildDataset", 800, {**TAGS, "kind": "character"})
-    columns.frame("1  Dataset and base")
+    columns.frame("1  Dataset")
 
     columns.begin(560)
     columns.note(CONFIG, 210)
@@ -83,6 +81,8 @@ def kohya_workflow(info: Info) -> Workflow:
     columns.frame("2  Settings")
 
     columns.begin(460)
+    base = columns.add("LoraGraftLoadDemoBase", 100)
+    clip = columns.add("CLIPSetLastLayer", 70, {"stop_at_clip_layer": -2})
     train = columns.add(
         "LoraGraftTrainLoRA",
         1500,
@@ -94,7 +94,7 @@ def kohya_workflow(info: Info) -> Workflow:
             "sample_prompts": PROMPT,
         },
     )
-    columns.frame("3  Train")
+    columns.frame("3  Base and training")
 
     columns.begin(620)
     columns.note(GRIDS, 130)

@@ -58,10 +58,9 @@ def style_workflow(info: Info) -> Workflow:
     columns = Columns(sheet)
     columns.begin()
     columns.note(INTRO, 230)
-    base = columns.add("LoraGraftLoadDemoBase", 100)
     images = columns.add("LoraGraftLoadImageFolder", 290, {"path": "[demo]"})
     found = columns.add("PreviewAny", 240, title="What was found")
-    columns.frame("1  Base and images")
+    columns.frame("1  Images")
 
     columns.begin()
     columns.note(SHAPE, 160)
@@ -103,7 +102,7 @@ def style_workflow(info: Info) -> Workflow:
     columns.begin()
     columns.note(STEPS, 270)
     network = columns.add(
-        "LoraGraftNetwork", 550, {"algo": "loha", "algo.conv_dim": 4, "algo.conv_alpha": 4.0}
+        "LoraGraftNetwork", 620, {"algo": "loha", "algo.conv_dim": 4, "algo.conv_alpha": 4.0}
     )
     schedule = columns.add(
         "LoraGraftSchedule",
@@ -117,6 +116,7 @@ def style_workflow(info: Info) -> Workflow:
     columns.frame("5  Network and schedule")
 
     columns.begin(460)
+    base = columns.add("LoraGraftLoadDemoBase", 100)
     train = columns.add(
         "LoraGraftTrainLoRA",
         1500,
@@ -128,7 +128,7 @@ def style_workflow(info: Info) -> Workflow:
             "sample_prompts": PROMPT,
         },
     )
-    columns.frame("6  Train")
+    columns.frame("6  Base and training")
 
     columns.begin(620)
     grid = columns.add(
