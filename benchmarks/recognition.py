@@ -31,7 +31,7 @@ NETWORKS: Mapping[str, dict[str, Any]] = {
     "LoHa": {"algo": "loha", "network_dim": 8, "network_alpha": 8.0},
     "LoKr": {"algo": "lokr", "factor": 4, "network_dim": 16, "network_alpha": 16.0, **FAST},
     # Each step trains one block of ranks, so that it needs more of them.
-    "DyLoRA": {"algo": "dylora", "unit": 16, "max_train_steps": 600, **FAST},
+    "DyLoRA": {"algo": "dylora", "unit": 16, "max_train_steps": 450},
     "OFT": {"algo": "oft", "network_dim": 8},
     "BOFT": {"algo": "boft", "network_dim": 8},
     "GLoRA": {"algo": "glora"},

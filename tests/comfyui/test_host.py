@@ -145,7 +145,7 @@ def test_the_graph_and_the_command_line_give_the_same(server: Comfy, tmp_path: P
     # a main thread's signal handler is not wanted here, so the command's own is left out
     cli_stop = train_command.StopFlag
     try:
-        train_command.StopFlag = lambda: nullcontext(SimpleNamespace(wanted=False))  # type: ignore[assignment, misc, return-value]
+        train_command.StopFlag = lambda **_: nullcontext(SimpleNamespace(wanted=False))  # type: ignore[assignment, misc, return-value]
         worker = threading.Thread(target=lambda: status.append(cli.main(arguments)))
         worker.start()
         worker.join()

@@ -50,7 +50,7 @@ def test_the_seed_stays_fixed(info: dict[str, Any]) -> None:
 def test_advanced_widgets_are_marked_and_optional(info: dict[str, Any]) -> None:
     node = info["LoraGraftTrainLoRA"]["input"]
     plain = [name for name, (_, options) in node["optional"].items() if not options.get("advanced")]
-    assert plain == ["sweep"], "a socket, which the page never folds"
+    assert plain == ["sweep", "settings"], "sockets, which the page never folds"
     assert not any(o.get("advanced") for _, o in node["required"].values())
 
 

@@ -144,17 +144,19 @@ def test_queueing_again_and_cancelling_lose_nothing(server: Comfy) -> None:
 
 
 def test_failed_runs_are_named_and_the_others_handed_on(server: Comfy) -> None:
-    # A rate of 10 with clipping off makes this tiny base's loss infinite within a few steps.
-    sweep = "learning_rate: 1e-4, 10 / max_grad_norm: 1, 0"
+    # Such a rate at such a scale lets this tiny base's loss explode, also when it begins again at half of it.
+    sweep = "learning_rate: 1e-4, 0.9 / network_alpha: 4, 4096"
     prompt = graph("swept_fail", sweep, max_train_steps=60, seed=82, preview={"steps": 2, "strengths": "1"})
     outputs = server.run(prompt)
     good, bad = outputs["train"]["loragraft"][0]["runs"]
-    assert good["file"] == "swept_fail_learning_rate1e-4_max_grad_norm1.safetensors"
+    assert good["file"] == "swept_fail_learning_rate1e-4_network_alpha4.safetensors"
     assert bad["file"] == "" and bad["error"].startswith("LG-RUN-004")
     assert outputs["names"]["text"] == [good["file"]]
     assert [row["lora"] for row in outputs["preview"]["loragraft"][0]["rows"]] == [good["file"]]
-    assert "[swept_fail_learning_rate10_max_grad_norm0] failed: LG-RUN-004" in server.log
-    everything = graph("swept_fail", "learning_rate: 9, 10", max_grad_norm=0.0, max_train_steps=60, seed=82)
+    assert "[swept_fail_learning_rate0.9_network_alpha4096] failed: LG-RUN-004" in server.log
+    everything = graph(
+        "swept_fail", "learning_rate: 0.8, 0.9", network_alpha=4096.0, max_train_steps=60, seed=82
+    )
     entry = server.wait(server.queue(everything))
     assert "LG-SWEEP-005" in error_text(entry) and "LG-RUN-004" in error_text(entry)
 
