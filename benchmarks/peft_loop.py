@@ -79,15 +79,15 @@ def main() -> None:
         pass
     del parts.vae  # encoded once; a loop that minds its memory lets go of what it needs no more
     if not work.text_encoder:
-        del parts.text_encoder
+        del parts.text_encoders
     optimizer = torch.optim.AdamW(trained, lr=work.learning_rate)
     batches = plan_epoch(train_set, work.batch_size, work.seed, 0)
     for step in range(work.steps):
         fed = inputs.draw(step, 0, batches[step])
-        latents, noise, t, text = (x.to(device) for x in fed[:4])
-        noisy = base.family.schedule.add_noise(latents, noise, t)
+        latents, noise, t = (x.to(device) for x in (fed.latents, fed.noise, fed.t))
+        noisy = base.family.objective.add_noise(latents, noise, t)
         with autocast():
-            cond = inputs.embed(text)
+            (cond,) = inputs.embed(tuple(x.to(device) for x in fed.text))
             pred = parts.denoiser(noisy, t, encoder_hidden_states=cond).sample
         loss = torch.nn.functional.mse_loss(pred.float(), noise)
         loss.backward()

@@ -119,9 +119,9 @@ def shown(train_set: Any, kind: str, clip: Any) -> io.NodeOutput:
 def _viewpoint(kind: str, clip: Any) -> Any:
     from ..trainer import api
     from ..trainer.data.tagger_models import read_labels
-    from . import host_taggers, host_weights
+    from . import host_names, host_taggers
 
-    count = None if clip is None else host_weights.token_counter(clip)
+    count = None if clip is None else host_names.token_counter(clip)
     taggers: Mapping[str, Any] = host_taggers.find()
     tags = next((read_labels(files.labels).names for files in taggers.values()), ())
     return api.Viewpoint(

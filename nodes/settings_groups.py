@@ -113,6 +113,7 @@ OPTIMIZER = Group(
     (
         *("optimizer_type", "optimizer_args", "loraplus_lr_ratio", "loraplus_unet_lr_ratio"),
         *("loraplus_text_encoder_lr_ratio", "scale_lr", "fused_backward_pass", "ema_decay"),
+        *("text_encoder_2_lr", "text_encoder_3_lr"),
     ),
 )
 SCHEDULE = Group(
@@ -141,7 +142,7 @@ LOSS = Group(
     "LoraGraftLoss",
     "Loss and Noise",
     "What is predicted, how much each prediction counts, and what the noise is.",
-    ("huber", "noise offset", "v-prediction", "min snr", "multires noise"),
+    ("huber", "noise offset", "v-prediction", "min snr", "multires noise", "flow shift", "timestep sampling"),
     "loss_type",
     {"l2": (), "l1": (), "huber": HUBER, "smooth_l1": HUBER},
     (
@@ -150,6 +151,8 @@ LOSS = Group(
         *("noise_offset_random_strength", "adaptive_noise_scale", "multires_noise_iterations"),
         *("multires_noise_discount", "ip_noise_gamma", "ip_noise_gamma_random_strength"),
         *("min_timestep", "max_timestep", "masked_loss", "mask_range"),
+        *("timestep_sampling", "discrete_flow_shift", "sigmoid_scale", "logit_mean", "logit_std"),
+        *("mode_scale", "weighting_scheme", "model_prediction_type", "guidance_scale"),
     ),
 )
 TEXT = Group(
@@ -161,7 +164,8 @@ TEXT = Group(
     {},
     (
         *("train_embeddings", "embedding_lr", "weighted_captions", "weighted_captions_keep_mean"),
-        *("cache_text_encoder_outputs", "tokenizer_repeats"),
+        *("cache_text_encoder_outputs", "tokenizer_repeats", "t5xxl_max_token_length"),
+        "apply_t5_attn_mask",
     ),
 )
 SAVING = Group(

@@ -41,8 +41,7 @@ class TrainLoRA(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The base model, SD1.x, without LoRAs on it. Its weights are shared, never "
-                    "changed.",
+                    tooltip="The base model, without LoRAs on it. Its weights are shared, never changed.",
                 ),
                 io.Clip.Input("clip", tooltip="The base's text encoder, without LoRAs on it."),
                 io.Vae.Input("vae", tooltip="The base's VAE."),
@@ -209,6 +208,7 @@ def _train(
     from ..trainer import api
     from ..trainer.progress import Pace
     from . import host, host_weights
+    from .host_checks import check_clip_skip
     from .host_prediction import check_prediction
     from .workflow import portable
 
@@ -218,7 +218,7 @@ def _train(
     failed: dict[int, Any] = {}
     with host.training_mode():
         for _, each in jobs:
-            host_weights.check_clip_skip(clip, each.clip_skip)
+            check_clip_skip(model, clip, each.clip_skip)
             check_prediction(model, each.v_parameterization, each.zero_terminal_snr)
         host.free_memory()
         run = api.train_together(

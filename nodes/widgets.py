@@ -110,6 +110,11 @@ EMPTY: dict[str, int] = {
     "loraplus_lr_ratio": 0,
     "loraplus_unet_lr_ratio": 0,
     "loraplus_text_encoder_lr_ratio": 0,
+    "text_encoder_2_lr": -1,
+    "text_encoder_3_lr": -1,
+    "discrete_flow_shift": 0,
+    "guidance_scale": -1,
+    "t5xxl_max_token_length": 0,
     "lr_scheduler_min_lr_ratio": -1,
     "lr_scheduler_timescale": 0,
     "tokenizer_repeats": 0,
@@ -122,6 +127,7 @@ EMPTY: dict[str, int] = {
     "validate_every_n_steps": 0,
     "validate_every_n_epochs": 0,
     "max_validation_steps": 0,
+    "sample_cfg": 0,
 }
 STEPS = {
     "resolution": 8,
@@ -131,6 +137,11 @@ STEPS = {
     "learning_rate": 1e-6,
     "unet_lr": 1e-6,
     "text_encoder_lr": 1e-6,
+    "text_encoder_2_lr": 1e-6,
+    "text_encoder_3_lr": 1e-6,
+    "discrete_flow_shift": 0.1,
+    "guidance_scale": 0.5,
+    "t5xxl_max_token_length": 16,
     "lr_warmup_steps": 0.01,
     "lr_decay_steps": 0.01,
     "embedding_lr": 1e-4,
@@ -175,6 +186,16 @@ TOOLTIPS = {
     "conv_alpha": "Alpha for 3x3 convolutions; 0 means 1.",
     "unet_lr": "Learning rate of the denoiser; -1 takes learning_rate, 0 leaves it out.",
     "text_encoder_lr": "Learning rate of the text encoder; -1 takes learning_rate, 0 leaves it out.",
+    "text_encoder_2_lr": "Learning rate of the second text encoder; -1 takes that of the first, or for T5 "
+    "and its like leaves it out, as 0 does.",
+    "text_encoder_3_lr": "Learning rate of the third text encoder; -1 takes that of the first, or for T5 "
+    "and its like leaves it out, as 0 does.",
+    "discrete_flow_shift": "Moves the noise levels of timestep_sampling shift, sigma, logit_normal and mode: "
+    "above 1 noisier (3 is usual), 1 not; 0 takes the model's.",
+    "guidance_scale": "Guidance that a distilled model such as Flux.1 dev is told while it is trained (1 is "
+    "usual); -1 takes the model's.",
+    "t5xxl_max_token_length": "Longest caption for T5 and other encoders of whole sentences, in tokens; 0 "
+    "takes the model's.",
     "max_train_epochs": "Number of epochs, replacing max_train_steps; 0 leaves it to max_train_steps.",
     "min_snr_gamma": "Min-SNR loss weighting (5 is usual); 0 weighs all timesteps alike.",
     "save_every_n_steps": "Also save every n steps; 0 does not.",

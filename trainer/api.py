@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -53,7 +53,8 @@ from .draw import Settings as DrawSettings
 from .errors import LoraGraftError
 from .events import Cached, Event, Failed, Finished, Note, Planned, Sampled, Saved, Step, Validated
 from .families import FAMILIES, opening
-from .families.opening import Base, find_tokenizer, hash_weights
+from .families.opening import Base, hash_weights
+from .families.tokenizers import find_tokenizer, load_tokenizer
 from .imports.files import read_foreign
 from .imports.imported import Imported
 from .imports.kohya import read_kohya
@@ -254,26 +255,62 @@ def open_base(
     tokenizer: Path | str | None = None,
     name: str | None = None,
     allow_download: bool = False,
+    vae: Path | str | None = None,
+    text_encoders: Sequence[Path | str] = (),
 ) -> Base:
-    """Open a base model from a single .safetensors file or a diffusers folder.
+    """Open a base model from a .safetensors or .gguf file or a diffusers folder.
 
-    ``tokenizer`` is a folder with vocab.json and merges.txt; without it CLIP's is looked for in a ComfyUI
-    and in the Hugging Face cache, and on the hub only if ``allow_download``. Raises LG-BASE errors.
+    ``vae`` and ``text_encoders`` are files beside a denoiser's, or in place of a checkpoint's own; which
+    text encoder one is, its content tells. ``tokenizer`` is the first text encoder's folder; without it
+    tokenizers are looked for in a ComfyUI and in the Hugging Face cache, and on the hub only if
+    ``allow_download``. Raises LG-BASE errors.
     """
     path, folder = Path(path), Path(tokenizer) if tokenizer else None
-    opener = opening.open_folder if path.is_dir() else opening.open_file
-    return opener(path, tokenizer=folder, name=name, allow_download=allow_download)
+    if not path.is_dir():
+        own_vae, texts = Path(vae) if vae else None, [Path(text) for text in text_encoders]
+        return opening.open_file(
+            path,
+            tokenizer=folder,
+            name=name,
+            allow_download=allow_download,
+            vae=own_vae,
+            text_encoders=texts,
+        )
+    if vae or text_encoders:
+        raise LoraGraftError(
+            "LG-BASE-012",
+            "A diffusers folder takes no further files.",
+            where=path.name,
+            why="it has a VAE and text encoders of its own.",
+            fix="leave the further files out, or name the denoiser's single file as the base",
+        )
+    return opening.open_folder(path, tokenizer=folder, name=name, allow_download=allow_download)
 
 
 def open_base_from_weights(
-    weights: Mapping[str, torch.Tensor], *, name: str, tokenizer: Path | str, weights_hash: str | None = None
+    weights: Mapping[str, torch.Tensor],
+    *,
+    name: str,
+    tokenizers: Mapping[str, Path | str],
+    weights_hash: str | None = None,
+    velocity: bool | None = None,
+    zero_terminal: bool | None = None,
 ) -> Base:
-    """Open a base model from tensors under SD1.5's single-file names: shared, never written to.
+    """Open a base model from tensors under single-file names: shared, never written to.
 
-    ``weights_hash`` is ``hash_weights(weights)`` if the caller remembers it. Raises LG-BASE errors.
+    ``tokenizers`` are folders by kind, such as "clip" and "t5". ``weights_hash`` is ``hash_weights(weights)``
+    if the caller remembers it. ``velocity`` says whether the base predicts velocity, ``zero_terminal`` whether
+    its last timestep is noise alone, None where that is not known. Raises LG-BASE errors.
     """
-    folder = find_tokenizer(Path(tokenizer))
-    return opening.open_weights(weights, name=name, tokenizer=folder, known_hash=weights_hash)
+    folders = {kind: find_tokenizer(Path(folder), kind=kind) for kind, folder in tokenizers.items()}
+    return opening.open_weights(
+        weights,
+        name=name,
+        tokenizers=folders,
+        known_hash=weights_hash,
+        velocity=velocity,
+        zero_terminal=zero_terminal,
+    )
 
 
 def token_counter(tokenizer: Path | str | None = None) -> Callable[[str], int]:
@@ -281,7 +318,7 @@ def token_counter(tokenizer: Path | str | None = None) -> Callable[[str], int]:
 
     ``tokenizer`` is a folder, looked for as `open_base` does where it is None. Raises LG-BASE-007, -008.
     """
-    loaded = opening.load_tokenizer(find_tokenizer(Path(tokenizer) if tokenizer else None))
+    loaded = load_tokenizer(find_tokenizer(Path(tokenizer) if tokenizer else None))
     return lambda text: max(0, len(loaded(text)["input_ids"]) - 2)
 
 

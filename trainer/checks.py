@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from .config import DatasetConfig, TrainConfig, info_of
-from .contradictions import dataset, learning, loss, network, saving, text
+from .contradictions import dataset, flow, learning, loss, network, saving, text
 from .contradictions.refusals import bad_value
 from .errors import LoraGraftError, listed, nearest
 from .settings.optimizers import canonical
@@ -35,7 +35,7 @@ Config = TypeVar("Config", DatasetConfig, TrainConfig)
 # What no single setting's table entry can say: one check a group of settings.
 CHECKS: Mapping[type, tuple[Callable[[Any, str], None], ...]] = {
     DatasetConfig: (dataset.check,),
-    TrainConfig: (network.check, learning.check, loss.check, text.check, saving.check),
+    TrainConfig: (network.check, learning.check, loss.check, flow.check, text.check, saving.check),
 }
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 from ast import literal_eval as read_literal  # literals only: nothing is run
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import LoraGraftError, one_line
 from .settings.dataset import KINDS, DatasetConfig
+from .settings.flow import FlowSettings
 from .settings.info import Info, info_of
 from .settings.learning import LearningSettings
 from .settings.loss import LossSettings
@@ -27,11 +28,23 @@ from .settings.text import TextSettings
 __all__ = ["KINDS", "DatasetConfig", "Info", "TrainConfig", "as_dict", "info_of"]
 
 MAX_LITERAL = 200
+# text encoder -> the setting of its learning rate
+ENCODER_RATES: Mapping[str, str] = {
+    "text_encoder": "text_encoder_lr",
+    "text_encoder_2": "text_encoder_2_lr",
+    "text_encoder_3": "text_encoder_3_lr",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(
-    SavingSettings, RunningSettings, TextSettings, LossSettings, LearningSettings, NetworkSettings
+    SavingSettings,
+    RunningSettings,
+    TextSettings,
+    FlowSettings,
+    LossSettings,
+    LearningSettings,
+    NetworkSettings,
 ):
     """How the LoRA is built, how it learns, and what is written on the way."""
 
@@ -103,8 +116,31 @@ def denoiser_lr(config: TrainConfig) -> float:
     return config.learning_rate if config.unet_lr is None else config.unet_lr
 
 
-def encoder_lr(config: TrainConfig) -> float:
-    """Return the text encoder's learning rate; 0 means that it is not trained."""
+def encoder_lr(config: TrainConfig, part: str = "text_encoder") -> float:
+    """Return a text encoder's learning rate, by default the first one's; 0 means that it is not trained.
+
+    The second and the third have the first one's where they have none of their own. Encoders of whole
+    sentences are trained only where they have one: see `trained_encoders`.
+    """
     if config.network_train_unet_only:
         return 0.0
-    return config.learning_rate if config.text_encoder_lr is None else config.text_encoder_lr
+    given = (getattr(config, ENCODER_RATES[part]), config.text_encoder_lr)
+    return next((rate for rate in given if rate is not None), config.learning_rate)
+
+
+def trains_encoders(config: TrainConfig) -> bool:
+    """Say whether a text encoder is trained, if the base model has those that the settings name."""
+    return any(encoder_lr(config, part) > 0 for part in ENCODER_RATES)
+
+
+def trained_encoders(config: TrainConfig, kinds: Mapping[str, str]) -> frozenset[str]:
+    """Return the text encoders that are trained, of a base model with encoders of these ``kinds``.
+
+    A CLIP is trained unless its rate is 0; T5 and its like only where their own rate is given, as the
+    reference trainer leaves them out unless it is asked for them.
+    """
+    return frozenset(
+        part
+        for part, kind in kinds.items()
+        if (kind == "clip" or getattr(config, ENCODER_RATES[part])) and encoder_lr(config, part) > 0
+    )

@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .config import token_length
 from .data.batches import plan_epoch
 from .engine.captured import Captured
 from .engine.flat import Flat
@@ -20,13 +19,11 @@ from .engine.precision import strict
 from .engine.predictor import ENCODING, SAMPLING, Case, Costs, Footprints, Size, costs_of
 from .engine.steps import Eager, Fused, Rows, Tensors
 from .engine.swap import frozen
-from .inputs import Fed
+from .inputs import Fed, reading_of
+from .objective import NoiseSchedule
 from .losses import micro_losses
 from .optim.build import state_bytes
 from .run import Run
-
-LATENT_CHANNELS = 4
-
 
 class Largest:
     """The largest pass that runs make through their base: all together, in eager steps one after the other.
@@ -45,7 +42,7 @@ class Largest:
     def modules(self) -> list[nn.Module]:
         """Return the modules that a step computes with."""
         parts, lead = self.runs[0].parts, self.runs[self.lead]
-        return [parts.denoiser] if lead.inputs.keeps_text else [parts.denoiser, parts.text_encoder]
+        return [parts.denoiser] if lead.inputs.keeps_text else [parts.denoiser, parts.text_encoders]
 
     def loss(self, tensors: Tensors) -> torch.Tensor:
         """Return the sum of the losses of all rows."""
@@ -55,26 +52,28 @@ class Largest:
         """Return the loss of one run, as validation computes it."""
         return self._loss((self.lead,), tensors)
 
-    def inputs(self, batch: int, size: Size, rows: int | None = None) -> Fed:
+    def inputs(self, batch: int, size: Size, rows: int | None = None) -> Tensors:
         """Return what a micro-batch looks like, without data."""
         runs, meta = self.runs, partial(torch.empty, device="meta")
         family, parts = runs[0].base.family, runs[0].parts
         count = batch * (len(self.rows) if rows is None else rows)
-        height, width = (x // family.latent_multiple for x in size)
-        chunks = max(token_length(run.config) for run in runs) // 75
-        text = (
-            meta(count, chunks * 75 + 2, cast(Any, parts.text_encoder).config.hidden_size)
-            if runs[self.lead].inputs.keeps_text
-            else meta(count, chunks, 77, dtype=torch.long)
-        )
+        latent = family.latent_shape(parts, *size)
+        longest = max((reading_of(run.config) for run in runs), key=lambda r: r.max_token_length)
+        if runs[self.lead].inputs.keeps_text:
+            text = tuple(meta(count, *shape) for shape in family.cond_shapes(parts, longest))
+        else:
+            tokens = family.tokenize(parts, [""], longest)
+            text = tuple(meta(count, *x.shape[1:], dtype=x.dtype) for x in tokens)
         return Fed(
-            meta(count, LATENT_CHANNELS, height, width),
-            meta(count, LATENT_CHANNELS, height, width),
-            meta(count, dtype=torch.long),
+            meta(count, *latent),
+            meta(count, *latent),
+            meta(count, dtype=torch.long if isinstance(family.objective, NoiseSchedule) else torch.float32),
             text,
             meta(count) if any(run.inputs.is_weighted for run in runs) else None,
-            meta(count, 1, height, width) if any(run.inputs.is_masked for run in runs) else None,
-        )
+            meta(count, 1, *latent[-2:]) if any(run.inputs.is_masked for run in runs) else None,
+            meta(count, *latent) if any(run.config.ip_noise_gamma for run in runs) else None,
+            meta(count, 6) if family.uses_sizes else None,
+        ).tensors
 
     def _loss(self, rows: Rows, tensors: Tensors) -> torch.Tensor:
         active, lead = [self.runs[row] for row in rows], self.runs[self.lead]
@@ -149,7 +148,7 @@ def _others(largest: Largest, case: Case, vae_held: int) -> dict[str, int]:
     family, parts = first.base.family, first.parts
     vae = tensor_bytes(frozen(parts.vae)) - vae_held
     height, width = case.size
-    latent = (LATENT_CHANNELS, height // family.latent_multiple, width // family.latent_multiple)
+    latent = family.latent_shape(parts, height, width)
     meta = partial(torch.empty, device="meta")
 
     def phase(work: Any, inputs: Tensors, modules: list[nn.Module]) -> int:
@@ -159,7 +158,7 @@ def _others(largest: Largest, case: Case, vae_held: int) -> dict[str, int]:
         return family.encode_images(parts, cast(torch.Tensor, tensors[0]))["mean"].sum()
 
     def decode(tensors: Tensors) -> torch.Tensor:
-        return cast(torch.Tensor, cast(Any, parts.vae).decode(tensors[0], return_dict=False)[0]).sum()
+        return family.decode(parts, cast(torch.Tensor, tensors[0])).sum()
 
     encoding = "encoding at each step" if vae_held else ENCODING
     found = {encoding: vae + phase(encode, (meta(1, 3, height, width),), [parts.vae])}

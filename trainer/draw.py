@@ -13,16 +13,18 @@ from .adapters.attach import attach
 from .adapters.files import PREDICTION, TERMINAL, VELOCITY, read_metadata, read_tensors
 from .adapters.network import remove, set_strength
 from .engine.precision import pick_device, place, resolve
+from .families.base import Reading
+from .families.drawing import Guided, sample
 from .families.opening import Base
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to draw; ``size`` is (height, width) in pixels."""
+    """How to draw; ``size`` is (height, width) in pixels. ``cfg`` None is what is usual for the base."""
 
     size: tuple[int, int] = (512, 512)
     steps: int = 20
-    cfg: float = 7.0
+    cfg: float | None = None
     clip_skip: int = 1
     negative: str = ""
     mixed_precision: str = "auto"
@@ -62,17 +64,20 @@ def draw(
             set_strength(adapter, strength)
             for start in range(0, len(wanted), settings.batch):
                 batch = wanted[start : start + settings.batch]
-                images = base.family.sample(
+                images = sample(
+                    base.family,
                     parts,
                     [prompt for prompt, _ in batch],
-                    negative=settings.negative,
                     seeds=[seed for _, seed in batch],
                     size=settings.size,
                     steps=settings.steps,
-                    cfg=settings.cfg,
-                    clip_skip=settings.clip_skip,
-                    velocity=texts.get(PREDICTION) == VELOCITY,
-                    zero_terminal_snr=texts.get(TERMINAL) == "True",
+                    guided=Guided(
+                        settings.negative,
+                        base.family.look.cfg if settings.cfg is None else settings.cfg,
+                        velocity=texts.get(PREDICTION) == VELOCITY,
+                        zero_terminal_snr=texts.get(TERMINAL) == "True",
+                    ),
+                    reading=Reading(clip_skip=settings.clip_skip),
                 )
                 for (prompt, seed), image in zip(batch, images, strict=True):
                     yield Drawn(file.stem, strength, prompt, seed, image)

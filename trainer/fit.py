@@ -16,6 +16,7 @@ from .engine.planner import Plan, advice, beyond_room, compare, is_out_of_memory
 from .engine.predictor import Case, Footprints, dry_run, free_bytes
 from .engine.swap import Swap, frozen
 from .errors import LoraGraftError
+from .parts import DENOISER, Parts
 from .run import Run
 
 SMALL_BYTES = 256 * 2**20  # a base below this fits everywhere: nothing is predicted
@@ -69,8 +70,8 @@ def fit(runs: Sequence[Run], fitted: Fitted) -> None:
     first, device = runs[0], runs[0].precision.device
     of_denoiser = blocks(first.parts.denoiser)
     can_swap = _check_swapping(first, of_denoiser)
-    trains_text = any(m.target.part == "text_encoder" for run in runs for m in run.adapter.modules)
-    found = [*(blocks(first.parts.text_encoder) if trains_text else []), *of_denoiser]
+    trains_text = any(m.target.part != DENOISER for run in runs for m in run.adapter.modules)
+    found = [*(_text_blocks(first.parts) if trains_text else []), *of_denoiser]
     largest = Largest(runs)
     footprints = Footprints(largest.loss, largest.inputs, largest.modules(), device, found)
     fitted.found, fitted.footprints = found, footprints
@@ -192,6 +193,10 @@ def _check_swapping(run: Run, of_denoiser: Sequence[nn.Module]) -> bool:
             fix="set blocks_to_swap to 0 (gradient_checkpointing saves memory too), or open the base's file",
         )
     return not is_shared and config.engine != "captured"
+
+
+def _text_blocks(parts: Parts) -> list[nn.Module]:
+    return [block for encoder in parts.text_encoders.values() for block in blocks(encoder)]
 
 
 def _is_shared(run: Run, of_denoiser: Sequence[nn.Module]) -> bool:

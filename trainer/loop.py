@@ -71,7 +71,7 @@ def train_step(run: Run) -> Generator[Micro, Answer, StepResult]:
             on_device.append(None)
             continue
         seconds += time.perf_counter() - started
-        answer = yield Micro(run.adapter.row, fed, len(batches) * world.divisor(size), run.setting)
+        answer = yield Micro(run.adapter.row, fed.tensors, len(batches) * world.divisor(size), run.setting)
         started, seconds = time.perf_counter(), seconds + answer.seconds
         on_device.append(answer.loss)
     world.meet()

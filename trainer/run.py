@@ -34,7 +34,7 @@ from .engine.small_maps import use_matrix_products
 from .engine.steps import Eager, Engine, Fused, Key, Loss, Rows, Tensors, choose, parameters_of
 from .errors import LoraGraftError, listed, one_line
 from .families.opening import Base
-from .inputs import Fed, Inputs, keeps_text
+from .inputs import Fed, Inputs, keeps_text, reading_of
 from .inputs.unused import check_used
 from .inputs.words import Words
 from .losses import micro_losses
@@ -65,6 +65,7 @@ class Job:
     origin: Origin | None = None  # the run that this one continues
     hint: str = ""  # what the user should hear of earlier runs
     world: Alone = ALONE  # the processes that train it together
+    usual: Sequence[str] = ()  # lines on settings that were left to the base model
 
 
 @dataclass
@@ -117,7 +118,7 @@ class Run:
     @property
     def setting(self) -> Key:
         """What runs must have in common to go through the base together, beside the tensors' shapes."""
-        return (self.config.clip_skip, self.inputs.keeps_text, self.config.weighted_captions_keep_mean)
+        return (reading_of(self.config), self.inputs.keeps_text, self.config.guidance_scale)
 
     def batches(self, step: int) -> list[Batch]:
         """Return the micro-batches of ``step`` (from 0)."""
@@ -164,11 +165,12 @@ class Run:
 
 
 def _pinned(fed: Fed) -> Fed:
-    return Fed(*(None if x is None else x.pin_memory() for x in fed))  # type: ignore[arg-type]
+    return Fed.of(tuple(None if x is None else x.pin_memory() for x in fed.tensors))
 
 
 # Settings of the base and the engine that runs side by side share, so these must be equal.
 SHARED = (
+    "guidance_scale",
     "engine",
     "deterministic",
     "attention",
@@ -190,7 +192,10 @@ def open_runs(jobs: Sequence[Job], cache: Path, before: Mapping[str, Any]) -> li
     _check_shared(jobs)
     base, precision, config = jobs[0].base, jobs[0].precision, jobs[0].config
     starts = [weights_of(job.config) for job in jobs]
-    settings = [settings_of(j.config, base.family.blocks, s) for j, s in zip(jobs, starts, strict=True)]
+    family = base.family
+    settings = [
+        settings_of(j.config, family.blocks, s, family.encoders) for j, s in zip(jobs, starts, strict=True)
+    ]
     parts, lines = _load(jobs, settings)
     attention, said = _attention(parts, jobs, before)
     targets = [_targets(base, parts, *pair) for pair in zip((j.config for j in jobs), settings, strict=True)]
@@ -243,7 +248,7 @@ def open_runs(jobs: Sequence[Job], cache: Path, before: Mapping[str, Any]) -> li
                 scaler,
                 engine,
                 attention.name,
-                [*lines, *lines_of, why, *said, *advised, *job.world.lines(job.config.train_batch_size)],
+                [*lines, *job.usual, *lines_of, why, *said, *advised, *job.world.lines(job.config.train_batch_size)],
                 job.folder,
                 job.run_id,
                 world=job.world,

@@ -8,6 +8,8 @@ from pathlib import Path
 from .config import resolution_wh
 from .errors import one_line
 from .events import Note, Sampled
+from .families.base import Reading
+from .families.drawing import Guided, sample
 from .plan import is_due
 from .run import Run, as_used
 from .sample_prompts import SamplePrompt, parse_prompt
@@ -38,23 +40,32 @@ def draw_preview(run: Run) -> Iterator[Sampled | Note]:
         yield _draw(run, prompt, run.folder.preview)
 
 
+def _guidance(run: Run, prompt: SamplePrompt) -> float:
+    """Return the prompt's guidance, else the settings', else the family's."""
+    given = (prompt.cfg, run.config.sample_cfg, run.base.family.look.cfg)
+    return next(value for value in given if value is not None)
+
+
 def _draw(run: Run, prompt: SamplePrompt, path: Path) -> Sampled | Note:
     """Draw one image; one that cannot be drawn (memory) is no reason to end a run."""
     config, (width, height) = run.config, resolution_wh(run.train_set.config)
     seed = config.seed if prompt.seed is None else prompt.seed
     try:
         with as_used(run):
-            (image,) = run.base.family.sample(
+            (image,) = sample(
+                run.base.family,
                 run.parts,
                 [prompt.prompt],
-                negative=prompt.negative,
                 seeds=[seed],
                 size=(prompt.height or height, prompt.width or width),
                 steps=prompt.steps or config.sample_steps,
-                cfg=config.sample_cfg if prompt.cfg is None else prompt.cfg,
-                clip_skip=config.clip_skip,
-                velocity=config.v_parameterization,
-                zero_terminal_snr=config.zero_terminal_snr,
+                guided=Guided(
+                    prompt.negative,
+                    _guidance(run, prompt),
+                    velocity=config.v_parameterization,
+                    zero_terminal_snr=config.zero_terminal_snr,
+                ),
+                reading=Reading(clip_skip=config.clip_skip),
             )
     except (RuntimeError, MemoryError) as error:
         return Note(f"The sample of step {run.step} could not be drawn: {one_line(str(error), 300)}")

@@ -14,6 +14,7 @@ from . import metadata
 from .assist import assist
 from .checkpoint import Checkpoint, RunFolder, disk_refusal
 from .config import TrainConfig
+from .contradictions.family import check as check_family
 from .data.train_set import TrainSet
 from .engine.distributed import ALONE, Alone
 from .engine.planner import advice, is_out_of_memory
@@ -30,6 +31,7 @@ from .paths import safe_name
 from .plan import Plan, plan_run, step_losses
 from .run import Job, Run, open_runs, unfit
 from .runlog import check_logger
+from .usual import for_base
 
 
 def train(
@@ -193,6 +195,8 @@ def _job(
 ) -> Job:
     if not world.writes:
         config = replace(config, resume="")  # the process that writes tells what is continued
+    check_family(config, base.family, base.state_dicts)
+    config, usual = for_base(config, base)
     precision = resolve(config.mixed_precision, pick_device(device))
     plan = plan_run(train_set, config)
     check_logger(config.log_with)
@@ -208,7 +212,7 @@ def _job(
     folder = RunFolder(places.runs / f"{safe_name(config.output_name, what='output_name')}-{run_id[:8]}")
     if folder.path.exists():
         hint = ""  # it was begun before
-    return Job(base, train_set, config, plan, precision, run_id, words, folder, kin, origin, hint, world)
+    return Job(base, train_set, config, plan, precision, run_id, words, folder, kin, origin, hint, world, usual)
 
 
 def _check_validation(train_set: TrainSet, config: TrainConfig) -> None:

@@ -21,7 +21,7 @@ from .data.batches import Batch
 from .events import Validated, Validating
 from .inputs import Inputs
 from .losses import micro_losses
-from .objective import generator
+from .objective import Flow, Objective, generator
 from .plan import average_loss
 from .run import Run, as_used
 from .settings.loss import LossSettings
@@ -58,14 +58,17 @@ def chosen_images(inputs: Inputs, config: TrainConfig) -> list[int]:
     return sorted(order[: config.max_validation_steps])
 
 
-def timesteps(config: TrainConfig) -> list[int]:
-    """Return the middles of `validation_timesteps` equal parts of the trained range."""
+def timesteps(config: TrainConfig, objective: Objective) -> list[int] | list[float]:
+    """Return the middles of `validation_timesteps` equal parts of the trained range, whole for a schedule."""
     low, span, count = (
         config.min_timestep,
         config.max_timestep - config.min_timestep,
         config.validation_timesteps,
     )
-    return [low + int((k + 0.5) * span / count) for k in range(count)]
+    middles = [(k + 0.5) * span / count for k in range(count)]
+    if isinstance(objective, Flow):
+        return [low + middle for middle in middles]
+    return [low + int(middle) for middle in middles]
 
 
 @torch.no_grad()
@@ -80,7 +83,7 @@ def image_loss(run: Run, inputs: Inputs, index: int) -> float:
         return torch.randn(shape, generator=generator(seed, "validation", name, *what))
 
     latents = inputs.base.family.latents(moments, draw("posterior"))
-    steps, total = timesteps(config), 0.0
+    steps, total = timesteps(config, inputs.base.family.objective), 0.0
     with as_used(run):
         for first in range(0, len(steps), config.train_batch_size):
             part = range(first, min(first + config.train_batch_size, len(steps)))
@@ -94,7 +97,7 @@ def image_loss(run: Run, inputs: Inputs, index: int) -> float:
                 weight=None,
                 perturbed=None,
             )
-            on_device = tuple(None if x is None else x.to(run.precision.device) for x in fed)
+            on_device = tuple(None if x is None else x.to(run.precision.device) for x in fed.tensors)
             total += micro_losses(run.parts, inputs, [config], on_device).item() * count
     return total / len(steps)
 
@@ -104,4 +107,5 @@ def as_measured(config: TrainConfig) -> TrainConfig:
     teaching: dict[str, Any] = {
         f.name: f.default for f in dataclasses.fields(LossSettings) if f.name not in MEASURED
     }
+    teaching["weighting_scheme"] = "none"
     return dataclasses.replace(config, **teaching)

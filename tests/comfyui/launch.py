@@ -56,11 +56,8 @@ class _CureTorchvision(MetaPathFinder):
         return None
 
 
-def main() -> None:
-    """Cure the imports, then hand over to main.py under the name `__main__`."""
-    comfyui = Path(sys.argv[1]).resolve()
-    sys.argv = [str(comfyui / "main.py"), *sys.argv[2:]]
-    sys.path[0] = str(comfyui)
+def cure_imports() -> None:
+    """Let ComfyUI import what it asks for, on a machine without a GPU too."""
     for name, parts in STUBS.items():
         if importlib.util.find_spec(name) is None:
             for full in (name, *(f"{name}.{part}" for part in parts)):
@@ -68,6 +65,14 @@ def main() -> None:
                 module.__spec__ = ModuleSpec(full, None, is_package=True)
                 sys.modules[full] = module
     sys.meta_path.insert(0, _CureTorchvision())
+
+
+def main() -> None:
+    """Cure the imports, then hand over to main.py under the name `__main__`."""
+    comfyui = Path(sys.argv[1]).resolve()
+    sys.argv = [str(comfyui / "main.py"), *sys.argv[2:]]
+    sys.path[0] = str(comfyui)
+    cure_imports()
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from loragraft.trainer import api
 from loragraft.trainer.engine.frozen import FROZEN, freeze
 from loragraft.trainer.engine.precision import place, resolve
 from loragraft.trainer.engine.storage import FORMATS
+from loragraft.trainer.families import drawing
+from loragraft.trainer.families.base import Reading
 from loragraft_tests.trainer import tiny
 
 pytestmark = [
@@ -54,7 +57,7 @@ def test_what_a_host_holds_on_the_gpu_is_shared_and_the_rest_is_not_brought(tmp_
     weights = load_file(tiny.write_checkpoint(tmp_path / "tiny.safetensors"))
     held = {k: v.cuda() if k.startswith("model.") else v for k, v in weights.items()}
     addresses = {v.data_ptr() for v in held.values()}
-    base = api.open_base_from_weights(held, name="x", tokenizer=tokenizer)
+    base = api.open_base_from_weights(held, name="x", tokenizers={"clip": tokenizer})
     parts = base.load()
     place(parts, resolve("bf16", torch.device("cuda")), owned=base.owned, text_at_every_step=False)
     assert {p.device.type for p in parts.denoiser.parameters()} == {"cuda"}
@@ -62,7 +65,8 @@ def test_what_a_host_holds_on_the_gpu_is_shared_and_the_rest_is_not_brought(tmp_
     assert any(isinstance(m, FROZEN) for m in parts.denoiser.modules())
     for part in (parts.vae, parts.text_encoder):
         assert {p.device.type for p in part.parameters()} == {"cpu"}
-    options = {"negative": "", "size": (32, 32), "steps": 1, "cfg": 2.0, "clip_skip": 1}
-    (image,) = base.family.sample(parts, ["zibu"], seeds=[1], **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"size": (32, 32), "steps": 1, "reading": Reading()}
+    guided = drawing.Guided(cfg=2.0)
+    (image,) = drawing.sample(base.family, parts, ["zibu"], seeds=[1], guided=guided, **options)
     assert image.size == (32, 32)
     assert {p.device.type for p in parts.vae.parameters()} == {"cpu"}, "it goes back after its visit"

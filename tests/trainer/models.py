@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from loragraft.trainer.adapters import network
+from loragraft.trainer.families.base import Reading
 from loragraft.trainer.families.sd15 import SD15
 from loragraft.trainer.parts import Parts
 from loragraft_tests.trainer import tiny
@@ -34,8 +35,8 @@ class Model:
         latents, t, ids = inputs
         assert latents is not None and t is not None and ids is not None
         family = SD15()
-        cond = family.encode_text(self.parts, ids, 1)
-        return (family.predict(self.parts, latents, t, cond) - latents).square().mean()
+        cond = family.encode_text(self.parts, (ids,), Reading(clip_skip=1))[0]
+        return (family.predict(self.parts, latents, t, (cond,)) - latents).square().mean()
 
     def gradients(self, inputs: Inputs) -> list[torch.Tensor]:
         """Return the loss and all gradients, and clear them."""
@@ -54,7 +55,7 @@ def model(rank: int = 4) -> Model:
     unet, vae, text = tiny.random_modules()
     for module in (unet, vae, text):
         module.requires_grad_(False)
-    parts = Parts(unet, vae, text, None)
+    parts = tiny.parts_of(unet, vae, text)
     adapter = network.inject(
         parts, network.Settings(rank, 2.0, None, 1.0, 1), SD15().targets(parts, convolutions=False)
     )

@@ -14,6 +14,7 @@ from loragraft.trainer.adapters.change import Change
 from loragraft.trainer.adapters.methods import Options
 from loragraft.trainer.adapters.shares import Drops, Moment
 from loragraft.trainer.parts import Parts, Target
+from loragraft_tests.trainer import tiny
 
 SHAPES: Mapping[str, Any] = {
     "linear": lambda: nn.Linear(24, 16),
@@ -91,7 +92,7 @@ def layers() -> Parts:
     """Return frozen layers with the same random weights each time."""
     torch.manual_seed(0)
     module = Layers().requires_grad_(False)
-    return Parts(module, nn.Identity(), nn.Identity(), None)
+    return tiny.parts_of(module, nn.Identity(), nn.Identity())
 
 
 def injected(case: Case, parts: Parts | None = None, *, drops: Drops | None = None, **changes: Any) -> Any:

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,9 +25,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from loragraft.trainer import api
+from loragraft.trainer import api, losses
 from loragraft.trainer.adapters import lora, shares
 from loragraft.trainer.engine import precision
+from loragraft.trainer.engine.steps import Tensors
 from loragraft.trainer.families.sd15 import SD15
 from loragraft.trainer.inputs import Fed, Inputs, noise
 from loragraft.trainer.objective import NoiseSchedule
@@ -37,6 +38,7 @@ GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "parity_gradients.s
 with safe_open(GOLDEN, framework="pt") as file:
     STORED: dict[str, dict[str, Any]] = json.loads(file.metadata()["cases"])
     VECTORS = {name: file.get_tensor(name) for name in STORED}
+Vectors = Mapping[str, torch.Tensor]
 GRADIENTS = [name for name, stored in STORED.items() if "loss" in stored]
 CURVES = [name for name, stored in STORED.items() if "losses" in stored]
 
@@ -90,14 +92,16 @@ def sketch(name: str, values: torch.Tensor) -> torch.Tensor:
     return torch.stack([flat.norm(), *((flat * s).sum() for s in signs)])
 
 
-def worst(found: dict[str, torch.Tensor], name: str, smallest: float = 1e-9) -> tuple[float, str]:
+def worst(
+    found: dict[str, torch.Tensor], name: str, smallest: float = 1e-9, vectors: Vectors = VECTORS
+) -> tuple[float, str]:
     """Return the worst tensor: how far norm and projections are from the stored ones, relative to the norm.
 
     Tensors below ``smallest`` of the whole are measured on the scale of the whole. There are always some:
     where a group of a normalisation has one channel, it takes away what is added to the channel, and such
     gradients are zero but for rounding.
     """
-    expected = VECTORS[name]
+    expected = vectors[name]
     assert len(found) == len(expected)
     total = expected[:, 0].norm()
     scale = torch.where(expected[:, 0] < smallest * total, total, expected[:, 0])
@@ -117,7 +121,7 @@ def ready(base: api.Base) -> api.Base:
     copied.load = lambda: dataclasses.replace(  # type: ignore[method-assign]
         parts,
         denoiser=copy.deepcopy(parts.denoiser),
-        text_encoder=copy.deepcopy(parts.text_encoder),
+        text_encoders=copy.deepcopy(parts.text_encoders),
     )
     return copied
 
@@ -151,7 +155,7 @@ class ExactSinusoids(nn.Module):
 class ExactSD15(SD15):
     """SD1.x in float64."""
 
-    schedule = ExactSchedule()
+    objective = ExactSchedule()
 
 
 EXACT = ExactSD15()
@@ -163,6 +167,8 @@ def in_float64() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(precision.DTYPES, "fp32", torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        for table in (losses.WEIGHTS, losses.COMPARED):
+            patch.setitem(table, ExactSchedule, table[NoiseSchedule])  # type: ignore[index]
         torch.set_default_dtype(torch.float64)
         try:
             yield
@@ -195,14 +201,14 @@ class Case:
         rank = {"network_dim": 4, "network_alpha": 2.0, "max_token_length": 75 * self.batch["chunks"]}
         return {**rank, "mixed_precision": "fp32", "max_grad_norm": 0, **own, **more}
 
-    def fed(self, inputs: Inputs, tag: str = "", timesteps: list[int] | None = None) -> Fed:
+    def fed(self, inputs: Inputs, tag: str = "", timesteps: list[int] | None = None) -> Tensors:
         """Return the batch that the reference was given; ``tag`` tells the batches of a curve apart."""
         images, size, dtype = self.batch["images"], tuple(self.batch["size"]), torch.get_default_dtype()
         latents = normal(f"{tag}latents", (images, 4, *size)).to(dtype)
         with reference_draws(images, tag) as drawn:
             noises = [drawn(inputs.config, latents[i : i + 1], i) for i in range(images)]
         perturbed = [p for _, p in noises if p is not None]
-        ids, emphasis = self._tokens(tag), self._emphasis() if inputs.config.weighted_captions else None
+        tokens = self.tokens(inputs, tag)
         weight, mask = self.batch["loss_weights"], None
         if self.batch["masked"]:
             pixels = uniform(f"{tag}mask", (images, *(8 * n for n in size))).abs().to(dtype)
@@ -212,12 +218,16 @@ class Case:
             latents,
             torch.cat([n for n, _ in noises]),
             torch.tensor((timesteps or self.batch["timesteps"])[:images]),
-            encode(ids, emphasis, grad=False) if keeps_text else ids,
+            encode(tokens, grad=False) if keeps_text else tokens,
             None if weight is None else torch.tensor(weight, dtype=dtype),
             mask,
             torch.cat(perturbed) if perturbed else None,
-            None if keeps_text else emphasis,
-        )
+        ).tensors
+
+    def tokens(self, inputs: Inputs, tag: str) -> tuple[torch.Tensor, ...]:
+        """Return token ids, and with emphasis the weights, as the family reads captions."""
+        ids = self._tokens(tag)
+        return (ids, self._emphasis()) if inputs.config.weighted_captions else (ids,)
 
     def _tokens(self, tag: str) -> torch.Tensor:
         """Return token ids (B, chunks, 77): 9 or 4 words in the last chunk, 75 in those before."""

@@ -69,6 +69,8 @@ OTHER_NEIGHBOURS: dict[str, dict[str, Any]] = {
     "constraint": {"algo": "oft"},
     "unet_lr": {"optimizer_type": "SGDNesterov"},
     "text_encoder_lr": {"optimizer_type": "SGDNesterov"},
+    "text_encoder_2_lr": {"optimizer_type": "SGDNesterov"},
+    "text_encoder_3_lr": {"optimizer_type": "SGDNesterov"},
     "save_last_n_epochs": {"save_every_n_epochs": 1},
     "save_last_n_epochs_state": {"save_every_n_epochs": 1},
     "save_last_n_steps": {"save_every_n_steps": 1},

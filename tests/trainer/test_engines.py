@@ -14,7 +14,8 @@ from loragraft.trainer.adapters import network
 from loragraft.trainer.adapters.fused import fuse
 from loragraft.trainer.engine.precision import Precision
 from loragraft.trainer.engine.steps import Eager, Engine, Fused, Micro
-from loragraft.trainer.parts import Parts, Target
+from loragraft.trainer.parts import Target
+from loragraft_tests.trainer import tiny
 
 CPU = torch.device("cpu")
 STEPS = 50
@@ -50,7 +51,7 @@ def targets_of(model: nn.Module) -> list[Target]:
 
 def flux_losses(kind: str) -> list[float]:
     """Train a LoRA on every linear layer of the blocks towards the straight way from noise to data."""
-    parts = Parts(flux(), nn.Identity(), nn.Identity(), None)
+    parts = tiny.parts_of(flux(), nn.Identity(), nn.Identity())
     targets = targets_of(parts.denoiser)
     adapter = network.inject(parts, network.Settings(4, 4.0, None, 1.0, seed=1), targets)
     assert len(adapter.modules) == 2 * 14 + 2 * 6

@@ -80,7 +80,7 @@ def test_it_is_the_step_that_fine_tuning_takes(
     optimizer = torch.optim.AdamW(trained, 1e-3, weight_decay=0)
 
     def step(run: Any) -> None:
-        losses.micro_losses(plain, run.inputs, [run.config], run.feed(0)[0]).sum().backward()
+        losses.micro_losses(plain, run.inputs, [run.config], run.feed(0)[0].tensors).sum().backward()
         optimizer.step()
 
     look_inside(training.elsewhere("other"), monkeypatch, step, **changes)
@@ -136,7 +136,7 @@ def test_the_model_is_the_base_with_the_difference_in_it(training: runs.Training
         ("model", None, 0.0),
         ("base", training.base, 0.0),
     ):
-        tokenizer = Path(training.base.tokenizer_folder)
+        tokenizer = Path(training.base.tokenizer_folders["clip"])
         model = model or api.open_base(finished.model_file, tokenizer=tokenizer)
         (one,) = api.draw(
             model, [finished.lora_file], prompts=["a"], seeds=[1], strengths=[strength],
@@ -327,7 +327,7 @@ def test_class_images_of_weight_0_teach_nothing(
     for weight in (0.0, 0.5, 1.0):
 
         def backward(run: Any, weight: float = weight) -> None:
-            run.engine.backward([Micro(0, run.feed(0)[1], 1)])
+            run.engine.backward([Micro(0, run.feed(0)[1].tensors, 1)])
             norms[weight] = float(run.engine.update(0, 0.0))
 
         look_inside(dreambooth(weight), monkeypatch, backward, gradient_accumulation_steps=2, engine="eager")

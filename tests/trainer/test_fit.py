@@ -462,7 +462,7 @@ def test_weights_that_a_host_shares_are_not_swapped(
 ) -> None:
     monkeypatch.setattr(fit, "SWAPS_ON", ("cpu",))
     shared = api.open_base_from_weights(
-        {k: v.float() for k, v in weights.items()}, name="x", tokenizer=tokenizer
+        {k: v.float() for k, v in weights.items()}, name="x", tokenizers={"clip": tokenizer}
     )
     with Refusal("LG-MEM-003", "blocks_to_swap"):
         training.elsewhere("a", base=shared).events(max_train_steps=1, blocks_to_swap=3)

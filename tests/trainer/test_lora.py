@@ -16,6 +16,7 @@ from loragraft.trainer.adapters import network
 from loragraft.trainer.adapters.attach import attach
 from loragraft.trainer.adapters.files import as_saved, count_zero, read_metadata, read_tensors
 from loragraft.trainer.adapters.layers import LoRAConv, LoRALinear
+from loragraft.trainer.families.base import Reading
 from loragraft.trainer.parts import Parts, Target
 from loragraft.trainer.safefile import write_safetensors
 from loragraft_tests.trainer import tiny
@@ -46,7 +47,7 @@ TARGETS = [Target("denoiser", n, f"lora_unet_{n}", "conv" if n in LARGE else "li
 def parts() -> Parts:
     """Return the toy as a denoiser, and another as a text encoder."""
     torch.manual_seed(0)
-    return Parts(Toy(), nn.Identity(), Toy(), None)
+    return tiny.parts_of(Toy(), nn.Identity(), Toy())
 
 
 def moved(adapter: network.Adapter) -> network.Adapter:
@@ -71,11 +72,12 @@ def test_a_new_lora_changes_nothing(base: api.Base) -> None:
     parts = base.load()
     for module in (parts.denoiser, parts.text_encoder):
         module.float()
-    x, t, ids = torch.randn(1, 4, 4, 4), torch.tensor([500]), base.family.tokenize(parts, ["zibu"], 75)
+    x, t = torch.randn(1, 4, 4, 4), torch.tensor([500])
+    (ids,) = base.family.tokenize(parts, ["zibu"], Reading())
 
     def outputs() -> tuple[torch.Tensor, torch.Tensor]:
-        cond = base.family.encode_text(parts, ids, 1)
-        return cond, base.family.predict(parts, x, t, cond)
+        cond = base.family.encode_text(parts, (ids,), Reading(clip_skip=1))[0]
+        return cond, base.family.predict(parts, x, t, (cond,))
 
     before = outputs()
     adapter = network.inject(parts, SETTINGS, base.family.targets(parts, convolutions=True))
@@ -105,10 +107,10 @@ def test_down_starts_within_kaimings_bound_and_up_at_zero(parts: Parts) -> None:
 def test_the_start_of_a_module_depends_on_seed_and_name_alone(parts: Parts) -> None:
     alone = network.inject(parts, SETTINGS, TARGETS[3:4]).state_dict()
     torch.manual_seed(123)
-    again = network.inject(Parts(Toy(), nn.Identity(), Toy(), None), SETTINGS, TARGETS).state_dict()
+    again = network.inject(tiny.parts_of(Toy(), nn.Identity(), Toy()), SETTINGS, TARGETS).state_dict()
     key = "lora_unet_conv.lora_down.weight"
     assert torch.equal(alone[key], again[key])
-    fresh = Parts(Toy(), nn.Identity(), Toy(), None)
+    fresh = tiny.parts_of(Toy(), nn.Identity(), Toy())
     other = network.inject(fresh, dataclasses.replace(SETTINGS, seed=8), TARGETS).state_dict()
     assert not torch.equal(other[key], again[key])
     assert not torch.equal(
@@ -140,7 +142,7 @@ def test_alpha_over_rank_scales_each_group(parts: Parts) -> None:
     adapter = network.inject(parts, SETTINGS, TARGETS)
     scales = {m.target.path: (m.rank, m.alpha, m.low.scale) for m in adapter.modules}
     assert scales == {n: (3, 1.5, 0.5) if n in LARGE else (4, 2.0, 0.5) for n in LAYERS}
-    other = Parts(Toy(), nn.Identity(), Toy(), None)
+    other = tiny.parts_of(Toy(), nn.Identity(), Toy())
     adapter = network.inject(other, dataclasses.replace(SETTINGS, network_alpha=16.0), TARGETS)
     assert {m.low.scale for m in adapter.modules} == {4.0, 0.5}
 
@@ -191,7 +193,7 @@ def test_parts_and_convolutions_can_be_left_out(parts: Parts) -> None:
     ]
 
     def trained(**changes: Any) -> set[str]:
-        fresh = Parts(Toy(), nn.Identity(), Toy(), None)
+        fresh = tiny.parts_of(Toy(), nn.Identity(), Toy())
         settings = dataclasses.replace(SETTINGS, **changes)
         return {m.target.key for m in network.inject(fresh, settings, both).modules}
 
@@ -228,7 +230,7 @@ def test_state_goes_out_and_in_unchanged(parts: Parts) -> None:
         f"lora_unet_{n}.alpha": 1.5 if n in LARGE else 2.0 for n in LAYERS
     }
     other = network.inject(
-        Parts(Toy(), nn.Identity(), Toy(), None), dataclasses.replace(SETTINGS, seed=9), TARGETS
+        tiny.parts_of(Toy(), nn.Identity(), Toy()), dataclasses.replace(SETTINGS, seed=9), TARGETS
     )
     other.load_state_dict(state)
     assert all(torch.equal(v, state[k]) for k, v in other.saved().items())
@@ -252,7 +254,7 @@ def test_a_saved_lora_is_attached_with_its_own_rank_and_alpha(parts: Parts) -> N
 
 def test_a_lora_of_another_model_is_not_attached_in_part(parts: Parts) -> None:
     saved = network.inject(parts, SETTINGS, TARGETS).saved()
-    fresh = Parts(Toy(), nn.Identity(), Toy(), None)
+    fresh = tiny.parts_of(Toy(), nn.Identity(), Toy())
     cases = {
         "lora_unet_other.lora_up.weight": {**saved, "lora_unet_other.lora_up.weight": torch.zeros(1)},
         "lora_unet_conv.alpha": {k: v for k, v in saved.items() if not k.startswith("lora_unet_conv.lora_d")},
@@ -332,14 +334,14 @@ def test_diffusers_applies_the_file_as_we_do(base: api.Base, tmp_path: Path, con
         error = (theirs - delta(m)).norm() / delta(m).norm()
         assert error < 1e-3, m.target.key
 
-    ids = base.family.tokenize(ours, ["zibu, blue"], 75)
+    ids = base.family.tokenize(ours, ["zibu, blue"], Reading(75))[0]
     x, t = torch.randn(1, 4, 4, 4), torch.tensor([300])
     for module in (ours.denoiser, ours.text_encoder):
         module.float()
     with torch.no_grad():
-        cond = base.family.encode_text(ours, ids, 1)
+        cond = base.family.encode_text(ours, (ids,), Reading(clip_skip=1))[0]
         torch.testing.assert_close(text(ids[:, 0]).last_hidden_state, cond, rtol=1e-3, atol=1e-3)
-        ours_out = base.family.predict(ours, x, t, cond)
+        ours_out = base.family.predict(ours, x, t, (cond,))
         theirs_out = unet(x, t, encoder_hidden_states=cond).sample
         pipe.disable_lora()
         plain = unet(x, t, encoder_hidden_states=cond).sample

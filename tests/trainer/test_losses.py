@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from loragraft.trainer import api
+from loragraft.trainer.families import drawing
+from loragraft.trainer.families.base import Reading
 from loragraft.trainer.inputs import Fed
 from loragraft.trainer.losses import micro_losses
 from loragraft.trainer.objective import NoiseSchedule, generator
@@ -28,25 +30,25 @@ def given(name: str, *shape: int) -> torch.Tensor:
 class Family:
     """A family whose denoiser says what is stored, and remembers what it saw."""
 
-    schedule = NoiseSchedule()
+    objective = NoiseSchedule()
 
     def __init__(self, pred: torch.Tensor) -> None:
         self.pred, self.seen = pred, torch.empty(0)
 
-    def predict(self, parts: Any, noisy: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+    def predict(self, parts: Any, noisy: torch.Tensor, *more: Any) -> torch.Tensor:
         self.seen = noisy
         return self.pred
 
 
 def losses(configs: list[api.TrainConfig], fed: Fed, pred: torch.Tensor) -> tuple[torch.Tensor, Family]:
     family = Family(pred)
-    inputs: Any = SimpleNamespace(base=SimpleNamespace(family=family), embed=lambda text, emphasis: text)
-    return micro_losses(None, inputs, configs, fed), family  # type: ignore[arg-type]
+    inputs: Any = SimpleNamespace(base=SimpleNamespace(family=family), embed=lambda text: text)
+    return micro_losses(None, inputs, configs, fed.tensors), family  # type: ignore[arg-type]
 
 
 def fed(**changes: Any) -> Fed:
     text = torch.zeros(SHAPE[0], 1, 1)
-    whole = Fed(given("latents"), given("noise"), torch.tensor(GIVEN["timesteps"]), text)
+    whole = Fed(given("latents"), given("noise"), torch.tensor(GIVEN["timesteps"]), (text,))
     return whole._replace(**changes)
 
 
@@ -54,7 +56,7 @@ def each(config: api.TrainConfig, whole: Fed) -> torch.Tensor:
     """Return the samples' losses one by one: the mean of a batch of one is its loss."""
     found = []
     for i in range(SHAPE[0]):
-        one = Fed(*(None if x is None else x[i : i + 1] for x in whole))  # type: ignore[arg-type]
+        one = Fed.of(tuple(None if x is None else x[i : i + 1] for x in whole.tensors))
         found.append(losses([config], one, given("pred")[i : i + 1])[0])
     return torch.cat(found)
 
@@ -92,7 +94,7 @@ def test_runs_with_other_objectives_have_together_what_they_have_alone() -> None
     settings = [case["settings"] for case in REFERENCE["losses"]]
     configs = [runs.settings(**each) for each in settings]
     whole = fed(mask=given("mask", SHAPE[0], 1, *SHAPE[2:]), weight=torch.tensor(GIVEN["loss_weights"]))
-    joined = Fed(*(None if x is None else torch.cat([x] * len(configs)) for x in whole))  # type: ignore[arg-type]
+    joined = Fed.of(tuple(None if x is None else torch.cat([x] * len(configs)) for x in whole.tensors))
     together, _ = losses(configs, joined, torch.cat([given("pred")] * len(configs)))
     alone = torch.cat([losses([config], whole, given("pred"))[0] for config in configs])
     assert torch.equal(together, alone)
@@ -157,7 +159,7 @@ def test_a_velocity_model_is_drawn_with(base: api.Base, monkeypatch: pytest.Monk
     picture = torch.randn(1, 4, 4, 4, generator=generator("picture"))
 
     def knowing(velocity: bool, schedule: NoiseSchedule) -> Any:
-        def predict(self: SD15, parts: Any, noisy: torch.Tensor, t: torch.Tensor, cond: Any) -> torch.Tensor:
+        def predict(self: SD15, parts: Any, noisy: torch.Tensor, t: torch.Tensor, *more: Any) -> torch.Tensor:
             a = schedule.signal(t).clamp(min=5e-8).view(-1, 1, 1, 1)
             noise = (noisy - a.sqrt() * picture) / (1 - a).sqrt()
             return a.sqrt() * noise - (1 - a).sqrt() * picture if velocity else noise
@@ -166,11 +168,10 @@ def test_a_velocity_model_is_drawn_with(base: api.Base, monkeypatch: pytest.Monk
 
     drawn = []
     for velocity, terminal in ((False, False), (True, False), (True, True)):
-        schedule = dataclasses.replace(base.family.schedule, zero_terminal_snr=terminal)
+        schedule = dataclasses.replace(base.family.objective, zero_terminal_snr=terminal)
         monkeypatch.setattr(SD15, "predict", knowing(velocity, schedule))
-        options: dict[str, Any] = {"velocity": velocity, "zero_terminal_snr": terminal}
-        drawn += base.family.sample(
-            parts, ["a"], negative="", seeds=[1], size=(32, 32), steps=8, cfg=3.0, clip_skip=1, **options
-        )
+        guided = drawing.Guided(cfg=3.0, velocity=velocity, zero_terminal_snr=terminal)
+        options: dict[str, Any] = {"size": (32, 32), "steps": 8, "reading": Reading()}
+        drawn += drawing.sample(base.family, parts, ["a"], seeds=[1], guided=guided, **options)
     for image in drawn[1:]:
         assert max(high for _, high in ImageChops.difference(image, drawn[0]).getextrema()) <= 2

@@ -252,7 +252,7 @@ def test_self_attention_of_a_model_is_grouped(base: api.Base) -> None:
     def run() -> tuple[torch.Tensor, int]:
         counter = OpCount()
         with counter:
-            out = base.family.predict(parts, x, t, cond)
+            out = base.family.predict(parts, x, t, (cond,))
             out.square().sum().backward()
         return out.detach(), counter.products
 

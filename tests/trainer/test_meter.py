@@ -14,7 +14,7 @@ from torch import nn
 
 from loragraft.trainer.engine.checkpointing import blocks, checkpoint_blocks
 from loragraft.trainer.engine.meter import CannotMeasure, Footprint, Meter, measure, tensor_bytes, track
-from loragraft_tests.trainer import models
+from loragraft_tests.trainer import models, tiny
 
 KB = 1024
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,7 +181,6 @@ def full_size() -> tuple[Callable[[tuple[torch.Tensor | None, ...]], torch.Tenso
 
     from loragraft.trainer.adapters import network
     from loragraft.trainer.families.sd15 import SD15
-    from loragraft.trainer.parts import Parts
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(
@@ -192,7 +191,7 @@ def full_size() -> tuple[Callable[[tuple[torch.Tensor | None, ...]], torch.Tenso
             attention_head_dim=8,
         )
     nn.Module.to(unet.requires_grad_(False), torch.bfloat16)
-    parts = Parts(unet, nn.Identity(), nn.Identity(), None)
+    parts = tiny.parts_of(unet, nn.Identity(), nn.Identity())
     settings = network.Settings(32, 16.0, None, 1.0, 1, text_encoder=False)
     network.inject(parts, settings, SD15().targets(parts, convolutions=False))
 
@@ -200,7 +199,7 @@ def full_size() -> tuple[Callable[[tuple[torch.Tensor | None, ...]], torch.Tenso
         latents, t, cond = tensors
         assert latents is not None and t is not None and cond is not None
         with torch.autocast("cpu", torch.bfloat16):
-            pred = SD15().predict(parts, latents, t, cond)
+            pred = SD15().predict(parts, latents, t, (cond,))
         return (pred.float() - latents).square().mean()
 
     return loss, unet
@@ -232,6 +231,7 @@ sys.path.insert(0, {root!r})
 from tests import conftest
 import torch
 from loragraft_tests.trainer import test_meter
+from loragraft_tests.trainer import tiny
 
 def status(name):
     for line in open("/proc/self/status"):

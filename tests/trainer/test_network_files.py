@@ -17,7 +17,7 @@ from loragraft.trainer.adapters.attach import attach, start_from
 from loragraft.trainer.adapters.files import as_saved
 from loragraft.trainer.parts import Parts, Target
 from loragraft.trainer.patterns import rules
-from loragraft_tests.trainer import networks
+from loragraft_tests.trainer import networks, tiny
 from loragraft_tests.trainer.data_folders import Refusal
 from loragraft_tests.trainer.networks import CASES, SHAPES, TARGETS, Case, at, outputs
 
@@ -149,7 +149,7 @@ def three(case: Case, ups: tuple[float, ...]) -> network.Adapter:
         layer = make()
         layer.weight.data, layer.bias.data = wave(*layer.weight.shape, k=0.9), torch.zeros(8)
         setattr(module, name, layer.requires_grad_(False))
-    parts = Parts(module, nn.Identity(), nn.Identity(), None)
+    parts = tiny.parts_of(module, nn.Identity(), nn.Identity())
     adapter = network.inject(parts, case.settings(), [t for t in TARGETS if t.path in THREE])
     for m, height in zip(adapter.modules, ups, strict=True):
         saved = m.share.saved(m.module.base)

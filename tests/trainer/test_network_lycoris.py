@@ -10,7 +10,6 @@ from torch import nn
 
 from loragraft.trainer.adapters import network
 from loragraft.trainer.families.sd15 import SD15
-from loragraft.trainer.parts import Parts
 from loragraft.trainer.settings.presets import PRESETS
 from loragraft_tests.trainer import networks, tiny
 from loragraft_tests.trainer.networks import CASES, NORMS, TARGETS, Case
@@ -199,7 +198,7 @@ def test_presets_are_the_references_sets_in_its_order(name: str, norms: bool) ->
     theirs = LycorisNetworkKohya(text, unet, 1.0, 4, 4, train_norm=norms, network_module="lora")
     expected = [m.lora_name for m in (*theirs.text_encoder_loras, *theirs.unet_loras)]
     large = PRESETS[name].convolutions
-    found = SD15().targets(Parts(unet, vae, text, None), convolutions=False, preset=name, norms=norms)
+    found = SD15().targets(tiny.parts_of(unet, vae, text), convolutions=False, preset=name, norms=norms)
     ours = [t.key for t in found if large or t.kind != "conv"]
     assert [k.replace("text_model_", "") for k in ours] == [k.replace("text_model_", "") for k in expected]
 
@@ -207,7 +206,7 @@ def test_presets_are_the_references_sets_in_its_order(name: str, norms: bool) ->
 def test_ia3_trains_keys_values_and_the_inputs_of_the_second_layer() -> None:
     """The paper's places, which LyCORIS' preset of this name lists too."""
     unet, vae, text = tiny.random_modules()
-    found = SD15().targets(Parts(unet, vae, text, None), convolutions=False, preset="ia3")
+    found = SD15().targets(tiny.parts_of(unet, vae, text), convolutions=False, preset="ia3")
     endings = {t.path.rpartition(".")[2] for t in found}
     assert endings == {"to_k", "to_v", "2", "k_proj", "v_proj", "fc2"}
     modules = {name for name, m in (*unet.named_modules(), *text.named_modules()) if isinstance(m, nn.Linear)}

@@ -12,7 +12,7 @@ from PIL import Image
 from loragraft.trainer import api
 from loragraft.trainer.inputs.noise import draw_noise, draw_timestep
 from loragraft.trainer.inputs.pictures import hcp_weights
-from loragraft.trainer.objective import coarse_sizes, generator, multires_noise, offset_noise
+from loragraft.trainer.objective import NoiseSchedule, coarse_sizes, generator, multires_noise, offset_noise
 from loragraft_tests.trainer import runs, tiny
 from loragraft_tests.trainer.data_folders import golden
 
@@ -69,7 +69,7 @@ def test_settings_that_are_off_leave_the_draws_as_they_were() -> None:
     assert perturbed is None
     for step in range(20):
         t = torch.randint(0, 1000, (1,), generator=generator(42, step, 1, "t"))
-        assert torch.equal(draw_timestep(runs.settings(), 1000, step, 1), t)
+        assert torch.equal(draw_timestep(runs.settings(), NoiseSchedule(), (64, 64), step, 1), t)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +138,9 @@ def test_perturbed_noise_is_the_noise_and_a_share_of_another() -> None:
 
 def test_timesteps_lie_from_the_least_up_to_below_the_largest() -> None:
     config = runs.settings(min_timestep=200, max_timestep=203)
-    found = {draw_timestep(config, 1000, step, 0).item() for step in range(60)}
+    found = {draw_timestep(config, NoiseSchedule(), (64, 64), step, 0).item() for step in range(60)}
     assert found == {200, 201, 202}
-    assert draw_timestep(runs.settings(min_timestep=999), 1000, 0, 0).item() == 999
+    assert draw_timestep(runs.settings(min_timestep=999), NoiseSchedule(), (64, 64), 0, 0).item() == 999
 
 
 # ---- in a run ----

@@ -133,7 +133,7 @@ def train(
 
     def draw(inputs: Inputs, step: int, first_sample: int, batch: Batch) -> Fed:
         timesteps = (parity.fractions(f"t/{step}", (2,)) * 1000).long().tolist()
-        return case.fed(inputs, f"{step}/", timesteps)
+        return Fed.of(case.fed(inputs, f"{step}/", timesteps))
 
     patch.setattr(Inputs, "draw", draw)
     settings = case.settings(

@@ -20,6 +20,7 @@ from loragraft.trainer.engine.precision import Precision, place, resolve, strict
 from loragraft.trainer.engine.steps import choose
 from loragraft.trainer.engine.storage import FORMATS, Packed
 from loragraft.trainer.errors import LoraGraftError
+from loragraft.trainer.families.base import Reading
 from loragraft_tests.trainer import tiny
 from loragraft_tests.trainer.data_folders import Refusal
 
@@ -157,8 +158,8 @@ def test_what_no_step_uses_keeps_its_storage(base: api.Base, name: str) -> None:
     assert vectors == {torch.float32}, "fp16 overflows in it"
     embeddings = [p for n, p in parts.text_encoder.named_parameters() if "embedding" in n]
     assert embeddings and {p.data_ptr() for p in embeddings} <= files, "it is the file's own memory"
-    ids = base.family.tokenize(parts, ["zibu"], 75)
-    assert base.family.encode_text(parts, ids, 1).dtype == parts.dtype
+    ids = base.family.tokenize(parts, ["zibu"], Reading(75))[0]
+    assert base.family.encode_text(parts, (ids,), Reading(clip_skip=1))[0].dtype == parts.dtype
     moments = base.family.encode_images(parts, torch.zeros(1, 3, 16, 16))
     assert {m.dtype for m in moments.values()} == {torch.float32}
 
@@ -186,8 +187,8 @@ def test_in_fp32_the_storage_changes_no_bit(base: api.Base) -> None:
         if not often:
             assert casting(parts.text_encoder) and casting(parts.vae)
         with torch.no_grad():
-            ids = base.family.tokenize(parts, ["zibu, blue"], 75)
-            cond = base.family.encode_text(parts, ids, 2)
+            ids = base.family.tokenize(parts, ["zibu, blue"], Reading(75))[0]
+            cond = base.family.encode_text(parts, (ids,), Reading(clip_skip=2))[0]
             mean = base.family.encode_images(parts, torch.linspace(-1, 1, 768).view(1, 3, 16, 16))["mean"]
         found.append((cond, mean))
     plain = base.load()
@@ -195,7 +196,8 @@ def test_in_fp32_the_storage_changes_no_bit(base: api.Base) -> None:
     plain.text_encoder.float()
     with torch.no_grad():
         mean = base.family.encode_images(plain, torch.linspace(-1, 1, 768).view(1, 3, 16, 16))["mean"]
-        cond = base.family.encode_text(plain, base.family.tokenize(plain, ["zibu, blue"], 75), 2)
+        tokens = base.family.tokenize(plain, ["zibu, blue"], Reading())
+        (cond,) = base.family.encode_text(plain, tokens, Reading(clip_skip=2))
     for one in found:
         assert torch.equal(one[0], cond) and torch.equal(one[1], mean)
 
@@ -336,7 +338,7 @@ def gradients(base: api.Base, how: str, seed: int, storage: str = "as_is") -> tu
     cond = torch.randn(2, 77, tiny.TEXT, generator=rng)
     t = torch.randint(0, 1000, (2,), generator=rng)
     with context:
-        pred = base.family.predict(parts, noisy, t, cond)
+        pred = base.family.predict(parts, noisy, t, (cond,))
     (pred.to(torch.float64 if how == "fp64" else torch.float32) - noise).square().mean().backward()
     return torch.cat([p.grad.double().flatten() for p in trained if p.grad is not None]), lines
 

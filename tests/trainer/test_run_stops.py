@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from loragraft.trainer import api, loop
+from loragraft.trainer import api, loop, samples
 from loragraft.trainer.errors import LoraGraftError
 from loragraft.trainer.families.sd15 import SD15
 from loragraft_tests.trainer import runs, tiny
@@ -197,8 +197,9 @@ def test_nan_stops_the_run_at_its_step_with_files_and_checkpoint_named(
             return pred * math.nan if place == "pred" else Poisoned.apply(pred)
         return pred
 
-    def encode_text(self: SD15, *args: Any) -> torch.Tensor:
-        return real_text(self, *args) * (math.nan if place == "text" and now["step"] == 4 else 1)
+    def encode_text(self: SD15, *args: Any) -> tuple[torch.Tensor, ...]:
+        factor = math.nan if place == "text" and now["step"] == 4 else 1
+        return tuple(x * factor for x in real_text(self, *args))
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", step)
@@ -264,11 +265,11 @@ def test_an_overflow_in_fp16_skips_the_step(training: runs.Training, monkeypatch
 def test_a_sample_that_fails_does_not_end_the_run(
     training: runs.Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: SD15, *args: Any, **options: Any) -> None:
+    def broken(*args: Any, **options: Any) -> None:
         raise RuntimeError("CUDA out of memory")
 
     plain = training.elsewhere("plain").finish(max_train_steps=2, sample_prompts=["a"], preview_image=True)
-    monkeypatch.setattr(SD15, "sample", broken)
+    monkeypatch.setattr(samples, "sample", broken)
     events = training.events(max_train_steps=2, sample_prompts=["a"], preview_image=True)
     notes = [n.text for n in runs.of(events, api.Note)]
     assert len(notes) == 2

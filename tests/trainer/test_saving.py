@@ -213,15 +213,16 @@ def test_thinning_changes_no_product(training: runs.Training) -> None:
 def test_prompts_have_a_size_a_seed_and_words_of_their_own(
     training: runs.Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loragraft.trainer.families.sd15 import SD15
+    from loragraft.trainer import samples
 
-    real, asked = SD15.sample, []
+    real, asked = samples.sample, []
 
-    def sample(self: SD15, parts: Any, prompts: list[str], **options: Any) -> Any:
-        asked.append({"prompts": prompts, **options})
-        return real(self, parts, prompts, **options)
+    def sample(family: Any, parts: Any, prompts: list[str], **options: Any) -> Any:
+        guided = options["guided"]
+        asked.append({"prompts": prompts, "cfg": guided.cfg, "negative": guided.negative, **options})
+        return real(family, parts, prompts, **options)
 
-    monkeypatch.setattr(SD15, "sample", sample)
+    monkeypatch.setattr(samples, "sample", sample)
     prompts = ["zibu", "blue zibu --w 64 --h 96 --d 7 --s 3 --l 2.5 --n ugly"]
     events = training.events(max_train_steps=1, sample_prompts=prompts, sample_steps=1, sample_cfg=4.0)
     plain, own = asked

@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from loragraft.trainer import api
 from loragraft.trainer.adapters import network
+from loragraft.trainer.families import drawing
 from loragraft.trainer.families import ldm_keys as keys
-from loragraft.trainer.families import opening
-from loragraft.trainer.families.sd15 import SD15, text_config, unet_config, vae_config
+from loragraft.trainer.families.autoencoder import vae_config
+from loragraft.trainer.families.base import Reading
+from loragraft.trainer.families.clip_text import text_config
+from loragraft.trainer.families.sd15 import SCALING_FACTOR, SD15, config_of
+from loragraft.trainer.families.tokenizers import load_tokenizer
 from loragraft.trainer.parts import Parts
 from loragraft_tests.trainer import runs, tiny
 from loragraft_tests.trainer.data_folders import Refusal, golden
@@ -55,7 +60,7 @@ def full_size() -> Parts:
             up_block_types=("UpDecoderBlock2D",) * 4,
         )
         text = CLIPTextModel(CLIPTextConfig(**SD15_TEXT))
-    return Parts(unet, vae, text, None)
+    return tiny.parts_of(unet, vae, text)
 
 
 # ---- names and shapes at full size ----
@@ -86,8 +91,8 @@ def test_full_size_shapes_are_read_from_the_weights(full_size: Parts) -> None:
 
     unet, vae, text = (m.state_dict() for m in (full_size.denoiser, full_size.vae, full_size.text_encoder))
     with torch.device("meta"):
-        again = UNet2DConditionModel(**unet_config(unet)).state_dict()
-        vae_again = AutoencoderKL(**vae_config(vae)).state_dict()
+        again = UNet2DConditionModel(**config_of(unet)).state_dict()
+        vae_again = AutoencoderKL(**vae_config(vae, scaling_factor=SCALING_FACTOR)).state_dict()
     assert {k: v.shape for k, v in again.items()} == {k: v.shape for k, v in unet.items()}
     assert {k: v.shape for k, v in vae_again.items()} == {k: v.shape for k, v in vae.items()}
     named = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in text.items()}
@@ -146,9 +151,10 @@ def clip_tokenizer() -> Path | None:
     clip_tokenizer() is None, reason="no CLIP tokenizer: set LORAGRAFT_TOKENIZERS or COMFYUI_PATH"
 )
 def test_token_chunks_equal_the_reference() -> None:
-    parts = Parts(None, None, None, opening.load_tokenizer(str(clip_tokenizer())))  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(str(clip_tokenizer()))
+    parts = Parts(nn.Identity(), nn.Identity(), nn.ModuleDict(), {"text_encoder": tokenizer})
     for case in GOLDEN_TOKENS:
-        (ids,) = SD15().tokenize(parts, [case["caption"]], case["max_token_length"]).tolist()
+        (ids,) = SD15().tokenize(parts, [case["caption"]], Reading(case["max_token_length"]))[0].tolist()
         assert ids == case["input_ids"], (case["max_token_length"], case["caption"])
 
 
@@ -160,12 +166,12 @@ def test_long_captions_are_cut_into_chunks_that_each_have_their_ends(base: api.B
     start, end = parts.tokenizer.bos_token_id, parts.tokenizer.eos_token_id
     body = [one[c] for c in letters[:-1]] + [parts.tokenizer.convert_tokens_to_ids("j</w>")]
     for length in (75, 150, 225):
-        (ids,) = base.family.tokenize(parts, [letters], length).tolist()
+        (ids,) = base.family.tokenize(parts, [letters], Reading(length))[0].tolist()
         assert len(ids) == length // 75
         padded = (body + [end] * 225)[:length]
         for i, chunk in enumerate(ids):
             assert chunk == [start, *padded[i * 75 : (i + 1) * 75], end]
-        (empty,) = base.family.tokenize(parts, [""], length).tolist()
+        (empty,) = base.family.tokenize(parts, [""], Reading(length))[0].tolist()
         assert empty == [[start] + [end] * 76] * (length // 75)
 
 
@@ -178,8 +184,8 @@ def test_text_is_encoded_chunk_by_chunk(base: api.Base, length: int, clip_skip: 
     parts = base.load()
     parts.text_encoder.float()
     captions = ["zibu, blue, " * 15, ""]
-    ids = base.family.tokenize(parts, captions, length)
-    found = base.family.encode_text(parts, ids, clip_skip)
+    ids = base.family.tokenize(parts, captions, Reading(length))[0]
+    found = base.family.encode_text(parts, (ids,), Reading(clip_skip=clip_skip))[0]
     assert found.shape == (2, length + 2, tiny.TEXT)
     body = getattr(parts.text_encoder, "text_model", parts.text_encoder)
     for i in range(2):
@@ -196,12 +202,12 @@ def test_clip_skip_leaves_out_layers_from_the_end(base: api.Base) -> None:
     """Checked without the library's bookkeeping: a network that ends one layer earlier gives the same."""
     parts = base.load()
     parts.text_encoder.float()
-    ids = base.family.tokenize(parts, ["zibu"], 75)
-    full = base.family.encode_text(parts, ids, 1)
-    skipped = base.family.encode_text(parts, ids, 2)
+    ids = base.family.tokenize(parts, ["zibu"], Reading(75))[0]
+    full = base.family.encode_text(parts, (ids,), Reading(clip_skip=1))[0]
+    skipped = base.family.encode_text(parts, (ids,), Reading(clip_skip=2))[0]
     body = getattr(parts.text_encoder, "text_model", parts.text_encoder)
     body.encoder.layers = body.encoder.layers[:1]
-    torch.testing.assert_close(base.family.encode_text(parts, ids, 1), skipped)
+    torch.testing.assert_close(base.family.encode_text(parts, (ids,), Reading(clip_skip=1))[0], skipped)
     assert not torch.allclose(full, skipped, atol=1e-3)
 
 
@@ -243,8 +249,15 @@ def test_the_vae_draws_in_full_precision(
     seen: list[torch.dtype] = []
     parts.vae.decoder.conv_in.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     with torch.no_grad():
-        (image,) = base.family.sample(
-            parts, ["a"], negative="", seeds=[1], size=(32, 48), steps=1, cfg=2.0, clip_skip=1
+        (image,) = drawing.sample(
+            base.family,
+            parts,
+            ["a"],
+            seeds=[1],
+            size=(32, 48),
+            steps=1,
+            guided=drawing.Guided(cfg=2.0),
+            reading=Reading(),
         )
     assert image.size == (48, 32)
     assert seen == [torch.float32]
@@ -256,9 +269,11 @@ def test_a_drawing_depends_on_its_seed_and_prompt_not_on_its_batch(base: api.Bas
     parts = base.load()
     place(parts, resolve("fp32", torch.device("cpu")))
 
-    def draw(prompts: list[str], seeds: list[int], **changes: Any) -> list[bytes]:
-        options = {"negative": "", "size": (32, 32), "steps": 2, "cfg": 3.0, "clip_skip": 1, **changes}
-        return [im.tobytes() for im in base.family.sample(parts, prompts, seeds=seeds, **options)]
+    def draw(prompts: list[str], seeds: list[int], negative: str = "") -> list[bytes]:
+        options: dict[str, Any] = {"size": (32, 32), "steps": 2, "reading": Reading()}
+        guided = drawing.Guided(negative, 3.0)
+        found = drawing.sample(base.family, parts, prompts, seeds=seeds, guided=guided, **options)
+        return [image.tobytes() for image in found]
 
     (plain,) = draw(["zibu"], [1])
     assert draw(["zibu"], [1]) == [plain]

@@ -47,14 +47,14 @@ def test_kept_variants_are_those_that_are_drawn_without(
     plain = varied.events(gradient_accumulation_steps=2, **OPTIONS)
     without = [list(captions) for captions in seen]
     seen.clear()
-    encoded = texts.Texts.encode
+    encoded = texts.Captions.encode
     at_steps: list[int] = []
 
-    def counting(self: texts.Texts, *args: Any, grad: bool) -> torch.Tensor:
+    def counting(self: texts.Captions, *args: Any, grad: bool) -> tuple[torch.Tensor, ...]:
         at_steps.append(len(seen))
         return encoded(self, *args, grad=grad)
 
-    monkeypatch.setattr(texts.Texts, "encode", counting)
+    monkeypatch.setattr(texts.Captions, "encode", counting)
     kept = varied.elsewhere("kept").events(
         gradient_accumulation_steps=2, cache_text_encoder_outputs=True, **OPTIONS
     )

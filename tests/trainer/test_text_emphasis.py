@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loragraft.trainer import api
+from loragraft.trainer.families.base import Reading
 from loragraft.trainer.families.clip_tokens import in_chunks
 from loragraft.trainer.families.emphasis import emphasise, parse_emphasis
 from loragraft_tests.trainer import runs, tiny
@@ -49,7 +50,7 @@ def test_no_letter_is_lost(caption: str) -> None:
 )
 def test_tokens_and_weights_equal_the_reference(base: api.Base, case: dict[str, Any]) -> None:
     parts, length = base.load(), case["max_token_length"]
-    ids, weights = base.family.tokenize_weighted(parts, [case["caption"]], length)
+    ids, weights = base.family.tokenize(parts, [case["caption"]], Reading(length, weighted=True))
     assert ids[0].tolist() == case["ids"]
     assert weights[0].tolist() == pytest.approx(case["factor"], rel=1e-4)
     cond = torch.ones(1, length + 2, 3)
@@ -60,8 +61,8 @@ def test_captions_without_emphasis_are_tokenized_as_ever(base: api.Base) -> None
     parts = base.load()
     for caption in ("zibu, tag 1, blue", "", "a " * 100):
         for length in (75, 150):
-            ids, weights = base.family.tokenize_weighted(parts, [caption], length)
-            assert torch.equal(ids, base.family.tokenize(parts, [caption], length))
+            ids, weights = base.family.tokenize(parts, [caption], Reading(length, weighted=True))
+            assert torch.equal(ids, base.family.tokenize(parts, [caption], Reading(length))[0])
             assert torch.equal(weights, torch.ones(1, length + 2))
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from loragraft.trainer import api
 from loragraft.trainer.adapters.files import read_metadata
+from loragraft.trainer.families.base import Reading
 from loragraft.trainer.inputs.words import Words, _use
 from loragraft_tests.trainer import runs
 from loragraft_tests.trainer.data_folders import Refusal
@@ -31,14 +32,15 @@ def first_rows(base: api.Base, text: str) -> torch.Tensor:
 
 def test_a_word_becomes_its_own_tokens_wherever_it_stands(base: api.Base) -> None:
     parts = base.load()
-    plain = base.family.tokenize(parts, ["a , blue", "zibus blue"], 75)
+    plain = base.family.tokenize(parts, ["a , blue", "zibus blue"], Reading(75))[0]
     size = len(parts.tokenizer)
     parts.words["zibu"] = (size, size + 1)
-    ids = base.family.tokenize(parts, ["a ZIBU, blue", "zibus blue", "zibu zibu", "(zibu:1.2)"], 75)
+    captions = ["a ZIBU, blue", "zibus blue", "zibu zibu", "(zibu:1.2)"]
+    (ids,) = base.family.tokenize(parts, captions, Reading())
     assert [i for i in ids[0, 0].tolist() if i < size] == plain[0, 0].tolist()[: 77 - 2]
     assert torch.equal(ids[1], plain[1]), "part of another word is no placeholder"
     assert ids[2, 0, 1:5].tolist() == [size, size + 1, size, size + 1]
-    ids, weights = base.family.tokenize_weighted(parts, ["a (zibu:1.2)"], 75)
+    ids, weights = base.family.tokenize(parts, ["a (zibu:1.2)"], Reading(75, weighted=True))
     assert weights[0].tolist() == pytest.approx([1, 1, 1.2, 1.2, *[1] * 73])
     assert ids[0, 0, 2:4].tolist() == [size, size + 1]
 
@@ -47,7 +49,7 @@ def test_words_that_are_cut_off_end_the_caption(base: api.Base) -> None:
     parts = base.load()
     size = len(parts.tokenizer)
     parts.words["zibu"] = tuple(range(size, size + 60))
-    ids = base.family.tokenize(parts, ["zibu zibu"], 75)[0, 0].tolist()
+    ids = base.family.tokenize(parts, ["zibu zibu"], Reading(75))[0][0, 0].tolist()
     assert ids == [size - 2, *range(size, size + 60), *range(size, size + 15), size - 1]
 
 
@@ -96,13 +98,13 @@ def test_a_words_gradient_is_that_of_its_place(base: api.Base) -> None:
         each.text_encoder.float()
     rows = torch.nn.Parameter(torch.randn(2, 64, generator=torch.Generator().manual_seed(0)))
     base.family.add_words(parts, {"zibu": rows})
-    ids = base.family.tokenize(parts, ["a zibu b"], 75)
-    cond = base.family.encode_text(parts, ids, 1)
+    ids = base.family.tokenize(parts, ["a zibu b"], Reading(75))[0]
+    cond = base.family.encode_text(parts, (ids,), Reading(clip_skip=1))[0]
     body = getattr(plain.text_encoder, "text_model", plain.text_encoder)
     whole = torch.cat([body.embeddings.token_embedding.weight.detach(), rows.detach()])
     body.embeddings.token_embedding = torch.nn.Embedding.from_pretrained(whole, freeze=False)
     table = body.embeddings.token_embedding.weight
-    expected = base.family.encode_text(plain, ids, 1)
+    expected = base.family.encode_text(plain, (ids,), Reading(clip_skip=1))[0]
     assert torch.equal(cond, expected)
     cond.square().sum().backward()
     expected.square().sum().backward()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from loragraft.trainer import api
 from loragraft.trainer.adapters.files import read_metadata
+from loragraft.trainer.families.base import Reading
 from loragraft.trainer.tools import bake, deltas, extract, lora_file, merge, places, resize, stream
 from loragraft_tests.trainer import tiny
 from loragraft_tests.trainer.data_folders import Refusal
@@ -389,7 +390,7 @@ def test_a_merged_checkpoint_predicts_as_the_lora_does(
     assert seen[-1][0] == seen[-1][1] == len(load_file(checkpoint))
     from loragraft.trainer.tools.sample import merge_into_modules
 
-    merged = api.open_base(target, tokenizer=Path(base.tokenizer_folder)).load()
+    merged = api.open_base(target, tokenizer=Path(base.tokenizer_folders["clip"])).load()
     ours = base.load()
     merge_into_modules(ours, [(lora_file.read_lora(lora), 0.8)])
     plain = base.load()
@@ -399,8 +400,9 @@ def test_a_merged_checkpoint_predicts_as_the_lora_does(
         for module in (parts.denoiser, parts.text_encoder):
             module.float()
         with torch.no_grad():
-            cond = base.family.encode_text(parts, base.family.tokenize(parts, ["zibu"], 75), 1)
-            outs.append(base.family.predict(parts, x, t, cond))
+            tokens = base.family.tokenize(parts, ["zibu"], Reading())
+            (cond,) = base.family.encode_text(parts, tokens, Reading())
+            outs.append(base.family.predict(parts, x, t, (cond,)))
     assert error(outs[0], outs[1]) < 1e-5
     assert error(outs[2], outs[1]) > 1e-2
 

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from loragraft.trainer import api
 from loragraft.trainer.__main__ import parser
 from loragraft.trainer.commands.sample import file_and_strength
+from loragraft.trainer.families import drawing
+from loragraft.trainer.families.base import Reading
 from loragraft.trainer.objective import NoiseSchedule
 from loragraft.trainer.tools import sample as tool
 from loragraft.trainer.tools import samplers, sigmas, wildcards
@@ -76,7 +78,7 @@ def test_ddim_equals_diffusers() -> None:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
     scheduler.set_timesteps(10)
-    assert [int(sigmas.timestep_of(TABLE, s)) for s in row[:-1]] == scheduler.timesteps.tolist()
+    assert [int(NoiseSchedule().timestep(s)) for s in row[:-1]] == scheduler.timesteps.tolist()
     begun = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1)) * row[0]
     x = begun / (1 + row[0] ** 2) ** 0.5
     for i, t in enumerate(scheduler.timesteps[:-1]):
@@ -138,8 +140,11 @@ def test_euler_equals_the_familys_own(base: api.Base) -> None:
 
     parts = base.load()
     place(parts, resolve("fp32", torch.device("cpu")), owned=True)
-    options = {"negative": "", "size": (32, 32), "steps": 4, "cfg": 4.0, "clip_skip": 1}
-    wanted = base.family.sample(parts, ["a zibu"] * 3, seeds=[1, 2, 3], **options)
+    guided, size = drawing.Guided(cfg=4.0), (32, 32)
+    wanted = drawing.sample(
+        *(base.family, parts, ["a zibu"] * 3),
+        **{"seeds": [1, 2, 3], "size": size, "steps": 4, "guided": guided, "reading": Reading()},
+    )
     for mine, theirs in zip(draw(base, ["a zibu"], [1, 2, 3]), wanted, strict=True):
         assert np.abs(mine - np.asarray(theirs).astype(int)).max() <= 1
 
@@ -154,10 +159,10 @@ def test_batches_and_seeds_do_not_change_an_image(base: api.Base) -> None:
 
 def test_v_prediction_finds_what_the_base_means(base: api.Base, monkeypatch: pytest.MonkeyPatch) -> None:
     x0 = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(3))
-    a = base.family.schedule.alphas_cumprod
+    a = base.family.objective.alphas_cumprod
 
     def predict(velocity: bool) -> Any:
-        def of(parts: Any, noisy: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        def of(parts: Any, noisy: torch.Tensor, t: torch.Tensor, *more: Any) -> torch.Tensor:
             share = a[t].view(-1, 1, 1, 1)
             eps = (noisy - share.sqrt() * x0) / (1 - share).sqrt()
             return share.sqrt() * eps - (1 - share).sqrt() * x0 if velocity else eps

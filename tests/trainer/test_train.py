@@ -18,6 +18,7 @@ from torch import nn
 from loragraft.trainer import api
 from loragraft.trainer import losses as losses_module
 from loragraft.trainer.inputs import Inputs
+from loragraft.trainer.inputs.texts import Captions
 from loragraft.trainer.objective import generator
 from loragraft_tests.trainer import runs, tiny
 
@@ -277,13 +278,13 @@ def test_caption_dropout_draws_empty_captions(
     training: runs.Training, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    real = Inputs._tokenize
+    real = Captions.tokenize
 
-    def watching(self: Inputs, captions: list[str]) -> torch.Tensor:
+    def watching(self: Captions, captions: list[str]) -> tuple[torch.Tensor, ...]:
         seen.extend(captions)
         return real(self, captions)
 
-    monkeypatch.setattr(Inputs, "_tokenize", watching)
+    monkeypatch.setattr(Captions, "tokenize", watching)
     varied = runs.train_set(images, caption_dropout_rate=0.4, shuffle_caption=True, keep_tokens=1)
     events = dataclasses.replace(training, train_set=varied).events(max_train_steps=8)
     assert {e.what for e in runs.of(events, api.Cached)} == {"images"}

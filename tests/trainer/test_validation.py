@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from loragraft.trainer import api, validation
-from loragraft.trainer.objective import generator
+from loragraft.trainer.families.base import Reading
+from loragraft.trainer.objective import Flow, NoiseSchedule, generator
 from loragraft_tests.trainer import runs, tiny
 from loragraft_tests.trainer.data_folders import Refusal
 
@@ -55,8 +56,8 @@ def test_each_image_is_the_mean_over_its_timesteps_by_the_plain_formula(here: ru
             shape = posterior.mean.shape
             start = torch.randn(shape, generator=generator(42, "validation", name, "posterior"))
             latents = (posterior.mean + posterior.std * start) * 0.18215
-            ids = here.base.family.tokenize(parts, [kept.records[index].caption], 75)
-            cond = here.base.family.encode_text(parts, ids, 1)
+            tokens = here.base.family.tokenize(parts, [kept.records[index].caption], Reading())
+            (cond,) = here.base.family.encode_text(parts, tokens, Reading())
             total = 0.0
             for place, t in enumerate((125, 375, 625, 875)):
                 noise = torch.randn(shape, generator=generator(42, "validation", name, "noise", place))
@@ -157,7 +158,12 @@ def test_timesteps_are_the_middles_of_equal_parts(
     low: int, high: int, count: int, expected: list[int]
 ) -> None:
     config = runs.settings(min_timestep=low, max_timestep=high, validation_timesteps=count)
-    assert validation.timesteps(config) == expected
+    assert validation.timesteps(config, NoiseSchedule()) == expected
+
+
+def test_timesteps_of_a_flow_need_not_be_whole() -> None:
+    config = runs.settings(min_timestep=100, max_timestep=200, validation_timesteps=8)
+    assert validation.timesteps(config, Flow()) == [106.25 + 12.5 * k for k in range(8)]
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from loragraft.trainer.parts import Parts
+
 TEXT = 64
 VOCABULARY = 514
 
@@ -67,6 +69,11 @@ def random_modules(seed: int = 0) -> tuple[torch.nn.Module, torch.nn.Module, tor
         )
     )
     return unet, vae, text
+
+
+def parts_of(unet: torch.nn.Module, vae: torch.nn.Module, text: torch.nn.Module) -> Parts:
+    """Return modules as a base's parts, without a tokenizer."""
+    return Parts(unet, vae, torch.nn.ModuleDict({"text_encoder": text}), {"text_encoder": None})
 
 
 def single_file_weights(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from ..block_weights import Blocks, zero_blocks
-from ..config import TrainConfig, denoiser_lr, encoder_lr
+from ..config import TrainConfig, denoiser_lr, trained_encoders
 from ..patterns import patterns, rules
 from ..settings.presets import IA3_INPUTS, PRESETS
 from . import norm
@@ -30,6 +31,7 @@ NAMES = {
     "glora": "GLoRA",
     "full": "full weights",
 }
+ONE_CLIP: Mapping[str, str] = {"text_encoder": "clip"}
 OPTIONS = tuple(Options.__dataclass_fields__)
 
 
@@ -57,9 +59,16 @@ def convolutions_of(config: TrainConfig) -> Rank | None:
 
 
 def settings_of(
-    config: TrainConfig, blocks: Blocks | None, start: dict[str, torch.Tensor] | None = None
+    config: TrainConfig,
+    blocks: Blocks | None,
+    start: dict[str, torch.Tensor] | None = None,
+    encoders: Mapping[str, str] = ONE_CLIP,
 ) -> Settings:
-    """Return the network that a config asks for; ``blocks`` are the base's, ``start`` its file."""
+    """Return the network that a config asks for.
+
+    ``blocks`` and ``encoders``, with the kind of each, are the base's; ``start`` is the run's file.
+    """
+    trained = trained_encoders(config, encoders)
     conv, ia3 = convolutions_of(config), preset_of(config) == "ia3"
     preset = PRESETS.get(preset_of(config))
     return Settings(
@@ -69,7 +78,8 @@ def settings_of(
         1.0 if conv is None else conv[1],
         config.seed,
         denoiser=denoiser_lr(config) > 0,
-        text_encoder=encoder_lr(config) > 0,
+        text_encoder=bool(trained),
+        left_out=frozenset(encoders) - trained,
         algo=config.algo,
         options=Options(**{name: getattr(config, name) for name in OPTIONS}),
         drops=Drops(

@@ -75,7 +75,7 @@ class Adapter:
         self.rows.moments = {}
 
     def parameters(self, part: str) -> list[nn.Parameter]:
-        """Return the trained tensors of one part ("denoiser" or "text_encoder"), in a fixed order."""
+        """Return the trained tensors of one part (see `Target`), in a fixed order."""
         return [p for m in self.modules if m.target.part == part for p in m.tensors.values()]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -221,9 +221,8 @@ def put(parts: Parts, target: Target, shares: Sequence[Share | None], rows: Rows
 
 def place_of(parts: Parts, target: Target) -> tuple[nn.Module, str]:
     """Return a target's parent and its name in there."""
-    roots: dict[str, nn.Module] = {"denoiser": parts.denoiser, "text_encoder": parts.text_encoder}
     parent, _, name = target.path.rpartition(".")
-    return roots[target.part].get_submodule(parent), name
+    return parts.part(target.part).get_submodule(parent), name
 
 
 def find(parts: Parts, target: Target) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..parts import Target
+from ..parts import DENOISER, Target
 from ..patterns import Rule, first
 from .methods import Options
 from .shares import Drops
@@ -16,6 +16,7 @@ Rank = tuple[int, float]  # rank and alpha
 @dataclass(frozen=True)
 class Settings:
     """Ranks and alphas; ``conv_dim`` None trains no 3x3 convolution; a part set False is left out.
+    ``left_out`` are text encoders that are not trained where others are.
 
     ``rules`` give single modules a rank; where there are patterns in ``only``, modules that none of them fits
     are left out. ``blocks`` and ``conv_blocks`` hold a rank and an alpha for each of
@@ -31,6 +32,7 @@ class Settings:
     seed: int
     denoiser: bool = True
     text_encoder: bool = True
+    left_out: frozenset[str] = frozenset()
     algo: str = "lora"
     options: Options = field(default_factory=Options)
     drops: Drops = field(default_factory=Drops)
@@ -45,8 +47,9 @@ class Settings:
 
     def rank_of(self, target: Target) -> Rank | None:
         """Return rank and alpha of a module, or None where it is not trained."""
-        wanted = {"denoiser": self.denoiser, "text_encoder": self.text_encoder}
-        if not wanted[target.part] or target.block in self.still:
+        is_text = self.text_encoder and target.part not in self.left_out
+        is_wanted = self.denoiser if target.part == DENOISER else is_text
+        if not is_wanted or target.block in self.still:
             return None
         if self.given is not None:
             return self.given.get(target.key)

@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
     command.add_argument("--width", type=int, default=512)
     command.add_argument("--height", type=int, default=512)
     command.add_argument("--steps", type=int, default=20)
-    command.add_argument("--cfg", type=float, default=7.0)
+    command.add_argument("--cfg", type=float, help="guidance; without it, what is usual for the base")
     command.add_argument("--clip_skip", type=int, default=1)
     command.add_argument(
         "--v_parameterization", action="store_true", help="the base predicts v and not noise"
@@ -87,7 +87,8 @@ def sample(arguments: argparse.Namespace) -> int:
         if number % len(arguments.seeds) == 0:
             rows.append([])
         rows[-1].append(drawing.image)
-    title = f"{arguments.sampler} {arguments.schedule}, {arguments.steps} steps, cfg {arguments.cfg:g}"
+    title = f"{arguments.sampler} {arguments.schedule}, {arguments.steps} steps"
+    title += "" if arguments.cfg is None else f", cfg {arguments.cfg:g}"
     sheet = api.grid(rows, prompts, [f"seed {seed}" for seed in arguments.seeds], title=title)
     grid = _free(arguments.output, "grid")
     sheet.save(grid)

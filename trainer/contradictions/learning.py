@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..block_weights import SD1, WEIGHTS, block_lr_weights
-from ..config import TrainConfig, denoiser_lr, encoder_lr, optimizer_kwargs
+from ..config import ENCODER_RATES, TrainConfig, denoiser_lr, encoder_lr, optimizer_kwargs, trains_encoders
 from ..errors import nearest
 from ..patterns import rules
 from ..settings.optimizers import KNOWN, MODULES, Known, has_relative_steps, named
@@ -17,7 +17,7 @@ LORAPLUS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encode
 
 def check(config: TrainConfig, where: str) -> None:
     """Raise LG-CFG-002, -003 or -004 for the first fault."""
-    if denoiser_lr(config) == 0 and encoder_lr(config) == 0:
+    if denoiser_lr(config) == 0 and not trains_encoders(config):
         raise contradiction(
             "Every learning rate is 0.",
             where,
@@ -94,9 +94,12 @@ def _check_patterns(config: TrainConfig, where: str) -> None:
 
 
 def _check_plus(config: TrainConfig, where: str) -> None:
-    own = {"loraplus_unet_lr_ratio": denoiser_lr, "loraplus_text_encoder_lr_ratio": encoder_lr}
-    for name, rate in own.items():
-        if getattr(config, name) is not None and rate(config) == 0:
+    own = {
+        "loraplus_unet_lr_ratio": denoiser_lr(config) > 0,
+        "loraplus_text_encoder_lr_ratio": trains_encoders(config),
+    }
+    for name, is_trained in own.items():
+        if getattr(config, name) is not None and not is_trained:
             raise contradiction(
                 f"{name} is set, but that part is not trained.",
                 where,
@@ -113,9 +116,17 @@ def _check_plus(config: TrainConfig, where: str) -> None:
         )
 
 
+def _rates(config: TrainConfig) -> dict[str, float]:
+    """Return the rates of the parts by their settings; further text encoders where they differ."""
+    first = encoder_lr(config)
+    others = {name: encoder_lr(config, part) for part, name in ENCODER_RATES.items()}
+    own = {name: rate for name, rate in others.items() if rate != first}
+    return {"unet_lr": denoiser_lr(config), "text_encoder_lr": first, **own}
+
+
 def _check_adaptive(config: TrainConfig, where: str) -> None:
     """Check the rates of an optimizer that estimates the step size itself, one for all tensors."""
-    rates = [lr for lr in (denoiser_lr(config), encoder_lr(config)) if lr > 0]
+    rates = [lr for lr in _rates(config).values() if lr > 0]
     rates += [config.embedding_lr] if config.train_embeddings else []
     name = config.optimizer_type
     if len(set(rates)) > 1:
@@ -123,8 +134,8 @@ def _check_adaptive(config: TrainConfig, where: str) -> None:
             f"{name} is given several learning rates: {', '.join(f'{rate:g}' for rate in rates)}.",
             where,
             why="it estimates one step size for all tensors; only the first rate would count.",
-            fix="clear unet_lr and text_encoder_lr and set learning_rate to 1; 0 for a part leaves it out. "
-            "The embedding_lr of trained words must be the same",
+            fix="clear unet_lr and each text_encoder_lr and set learning_rate to 1; 0 for a part leaves it "
+            "out. The embedding_lr of trained words must be the same",
         )
     several = (*WEIGHTS, "network_reg_lrs", *LORAPLUS)
     if given := [n for n in several if getattr(config, n) not in ("", (), None)]:
@@ -145,7 +156,7 @@ def _check_adaptive(config: TrainConfig, where: str) -> None:
 
 def _check_high(config: TrainConfig, entry: Known, where: str) -> None:
     """Check that the rate is one of this optimizer and not of another: 1 is an adaptive one's."""
-    for name, rate in (("unet_lr", denoiser_lr(config)), ("text_encoder_lr", encoder_lr(config))):
+    for name, rate in _rates(config).items():
         if rate >= FAR_TOO_HIGH * entry.too_high:
             shown = "learning_rate" if getattr(config, name) is None else name
             raise contradiction(
@@ -160,7 +171,7 @@ def _check_relative(config: TrainConfig, where: str) -> None:
     """Check Adafactor with relative_step (its default): it takes no learning rate at all."""
     default = type(config).__dataclass_fields__["learning_rate"].default
     own = (*WEIGHTS, "network_reg_lrs", *LORAPLUS)
-    given = [n for n in ("unet_lr", "text_encoder_lr") if getattr(config, n)]
+    given = [n for n in ("unet_lr", *ENCODER_RATES.values()) if getattr(config, n)]
     given += ["learning_rate"] if config.learning_rate not in (default, 0.0) else []
     given += [n for n in own if getattr(config, n) not in ("", (), None)]
     given += ["scale_lr"] if config.scale_lr else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from ..config import TrainConfig, denoiser_lr
+from ..config import ENCODER_RATES, TrainConfig, denoiser_lr
 from ..patterns import patterns, rules
 from ..settings.presets import PRESETS
 from .refusals import bad_value, contradiction
@@ -49,7 +49,9 @@ INSTEAD: Mapping[str, tuple[str, ...]] = {
     ),
     "full_matrix": ("decompose_both",),
     "dora_wd": ("network_dropout",),
-    "network_train_unet_only": ("network_train_text_encoder_only", "text_encoder_lr"),
+    "network_train_unet_only": (
+        *("network_train_text_encoder_only", "text_encoder_lr", "text_encoder_2_lr", "text_encoder_3_lr"),
+    ),
     "network_train_text_encoder_only": (
         "unet_lr",
         "train_norm",
@@ -127,8 +129,9 @@ def _check_parts(config: TrainConfig, where: str) -> None:
             fix=f"take {idle} back, or train the denoiser",
         )
     without_text = config.preset in WITHOUT_TEXT
-    if without_text and (config.network_train_text_encoder_only or config.text_encoder_lr):
-        given = "text_encoder_lr" if config.text_encoder_lr else "network_train_text_encoder_only"
+    rate = next((name for name in ENCODER_RATES.values() if getattr(config, name)), None)
+    if without_text and (config.network_train_text_encoder_only or rate is not None):
+        given = rate or "network_train_text_encoder_only"
         raise contradiction(
             f"preset is '{config.preset}', but {given} is given.",
             where,

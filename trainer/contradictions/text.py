@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import TrainConfig, encoder_lr
+from ..config import TrainConfig, trains_encoders
 from ..errors import one_line
 from ..paths import MAX_COMPONENT
 from ..settings.words import parse_words
@@ -23,7 +23,7 @@ def check(config: TrainConfig, where: str) -> None:
             fix="switch weighted_captions on, or weighted_captions_keep_mean off",
         )
     _check_words(config, where)
-    if config.cache_text_encoder_outputs and encoder_lr(config) > 0:
+    if config.cache_text_encoder_outputs and trains_encoders(config):
         raise contradiction(
             "cache_text_encoder_outputs is on, but the text encoder is trained.",
             where,

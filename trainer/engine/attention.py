@@ -9,7 +9,7 @@ import importlib
 import inspect
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +124,13 @@ def _mask(attn: Any, mask: torch.Tensor | None, keys: int, batch: int) -> torch.
     return mask.view(batch, attn.heads, -1, mask.shape[-1])
 
 
+@runtime_checkable
+class Attending(Protocol):
+    """A processor of a family's own, which leaves the product itself to a backend."""
+
+    attend: Attend
+
+
 class Installed(NamedTuple):
     """How many modules a backend serves; ``note`` says which others there are, and is None if none."""
 
@@ -143,6 +150,9 @@ def use_attention(denoiser: nn.Module, name: str) -> Installed:
         if is_general(processor):
             module.set_processor(Processor(BACKENDS[name], processor))  # type: ignore[operator]
             mine += 1
+        elif isinstance(processor, Attending):
+            processor.attend = BACKENDS[name]
+            mine += 1
         elif processor is not None:
             others[type(processor).__name__] += 1
     if not others:
@@ -153,9 +163,12 @@ def use_attention(denoiser: nn.Module, name: str) -> Installed:
 
 def restore_attention(denoiser: nn.Module) -> int:
     """Give the modules back what `use_attention` replaced; return how many."""
-    found = [m for m in denoiser.modules() if isinstance(getattr(m, "processor", None), Processor)]
+    found = [m for m in denoiser.modules() if isinstance(getattr(m, "processor", None), Attending)]
     for module in found:
-        module.set_processor(original_processor(module))  # type: ignore[operator]
+        if isinstance(module.processor, Processor):
+            module.set_processor(original_processor(module))  # type: ignore[operator]
+        else:
+            cast(Attending, module.processor).attend = sdpa
     return len(found)
 
 

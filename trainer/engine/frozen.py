@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .packed_tensor import PackedTensor, moved
 from .storage import Packed, pack, refuse_lacking
 
 
@@ -26,6 +27,7 @@ def dense(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     ``layer`` is a plain or a Frozen linear layer, convolution or embedding.
     """
     stored = layer.stored if isinstance(layer, FROZEN) else layer.weight
+    stored = stored.packed if isinstance(stored, PackedTensor) else stored
     if isinstance(stored, Packed):
         return stored.unpack(dtype)
     return cast(torch.Tensor, stored).detach().to(dtype)
@@ -77,19 +79,22 @@ class FrozenConv2d(nn.Conv2d):
 class FrozenEmbedding(nn.Embedding):
     """An embedding that brings only the rows asked for into ``dtype``."""
 
-    def __init__(self, base: nn.Embedding, dtype: torch.dtype) -> None:
+    def __init__(self, base: nn.Embedding, dtype: torch.dtype, packed: Packed | None = None) -> None:
         nn.Module.__init__(self)
         for name in nn.Embedding.__constants__:
             setattr(self, name, getattr(base, name))
-        self.dtype, self.stored = dtype, base.weight
+        self.dtype = dtype
+        self.stored = base.weight if packed is None else packed
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The weight as it is stored: code looks at its shape."""
-        return self.stored
+        return PackedTensor(self.stored, self.dtype) if isinstance(self.stored, Packed) else self.stored
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: ids (...) -> (..., D) in ``dtype``."""
+        if isinstance(self.stored, Packed):
+            return self.stored.lookup(input, self.dtype)
         return F.embedding(input, self.stored, self.padding_idx).to(self.dtype)
 
 
@@ -190,13 +195,15 @@ def freeze(
 
     With a ``storage`` of FORMATS, linear layers and convolutions are packed, except below the children
     of ``root`` named in ``skip``. Of the others, a layer whose weight has another dtype keeps it and
-    casts at each use if ``keeps(weight)``; the rest, norms too, is converted for good. Weights are never
-    written to: what changes is new memory. Paths stay; layers that are trained are left alone. Raises
-    LG-RUN-012 for a storage that the device lacks.
+    casts at each use if ``keeps(weight)``; the rest, norms too, is converted for good. What a file holds
+    packed stays so; only a weight of another kind of module is unpacked. Weights are never written to: what
+    changes is new memory. Paths stay; layers that are trained are left alone. Raises LG-RUN-012 for a
+    storage that the device lacks.
     """
     done = Frozen(storage)
     refuse_lacking(storage, device or next(root.parameters()).device)
     made: dict[nn.Module, nn.Module] = {}
+    here: dict[Packed, Packed] = {}  # layers may share a weight that comes from elsewhere
     for path, layer in list(root.named_modules(remove_duplicate=False)):
         kind = _kind(layer)
         if kind is None or (weight := cast(torch.Tensor, layer.weight)).requires_grad:
@@ -205,9 +212,12 @@ def freeze(
         if layer in made:
             new = made[layer]
         elif storage != "as_is" and kind is not FrozenEmbedding and path.split(".")[0] not in skip:
-            packed = pack(weight.to(device=device), storage, name=path)
+            packed = pack(dense(layer, weight.dtype).to(device=device), storage, name=path)
             done.measure(path, layer, packed)
             new = kind(layer, dtype, packed)
+        elif isinstance(weight, PackedTensor):
+            own = weight.packed
+            new = kind(layer, dtype, here.setdefault(own, moved(own, device)))
         elif weight.dtype != dtype and keeps(weight):
             new = kind(layer, dtype)
         else:
@@ -218,6 +228,10 @@ def freeze(
     for module in root.modules():
         for name, parameter in module.named_parameters(recurse=False):
             stays = name == "stored" or parameter.requires_grad
+            if isinstance(parameter, PackedTensor):
+                values = moved(parameter.packed, device).unpack(dtype)
+                setattr(module, name, nn.Parameter(values, parameter.requires_grad))
+                continue
             parameter.data = parameter.data.to(device=device, dtype=parameter.dtype if stays else dtype)
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device=device))

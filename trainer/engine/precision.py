@@ -122,7 +122,7 @@ def place(
     converted once; on a CPU all are, because casts there cost as much as a step's arithmetic. One that
     a host shares stays as it is, and its layer casts it at each use. So do layers that no step uses,
     which stay where they are too, see `visiting`: the VAE's, in float32 because fp16 overflows in
-    SD1.x's, and the text encoder's unless ``text_at_every_step``. A ``storage`` other than "as_is"
+    SD1.x's, and the text encoders' unless ``text_at_every_step``. A ``storage`` other than "as_is"
     packs the denoiser.
     """
     device, dtype = torch.empty(0, device=precision.device).device, precision.dtype  # cuda is cuda:0 here
@@ -132,9 +132,9 @@ def place(
 
     done = freeze(parts.denoiser, dtype, device, storage=storage, skip=KEPT_WHOLE, keeps=shared)
     if text_at_every_step:
-        freeze(parts.text_encoder, dtype, device, keeps=shared)
+        freeze(parts.text_encoders, dtype, device, keeps=shared)
     else:
-        freeze(parts.text_encoder, dtype, None)
+        freeze(parts.text_encoders, dtype, None)
     freeze(parts.vae, torch.float32, None)
     parts.dtype = dtype
     return [done.line] if done.line else []

@@ -7,7 +7,7 @@ scale for 64 values. Unpacking launches kernels only: nothing is read back, so i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import LoraGraftError
+from .file_formats import FILE_FORMATS, Tensors
 
 FP8_MAX, INT8_MAX = 448.0, 127.0
 SMALLEST_SCALE = 2.0**-126  # of a channel of zeros: nothing is divided by zero
@@ -38,11 +39,13 @@ NF4_LEVELS = (
     0.7229568362236023,
     1.0,
 )
-Tensors = dict[str, torch.Tensor]
 
 
 class Packed(nn.Module):
-    """A weight in one of the FORMATS; a module, so that it moves between devices with what it belongs to."""
+    """A weight in one of the FORMATS, or as it lies in a file (FILE_FORMATS).
+
+    A module, so that it moves between devices with what it belongs to.
+    """
 
     def __init__(self, storage: str, shape: torch.Size, tensors: Tensors) -> None:
         super().__init__()
@@ -62,7 +65,46 @@ class Packed(nn.Module):
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight (shape as packed) in ``dtype``, in new memory."""
-        return FORMATS[self.storage].unpack(dict(self.named_buffers()), self.shape, dtype)
+        unpack = FILE_FORMATS.get(self.storage) or FORMATS[self.storage].unpack
+        return unpack(dict(self.named_buffers()), self.shape, dtype)
+
+    def as_shape(self, shape: Sequence[int]) -> Packed | None:
+        """Return the same weight in another shape with the same rows; None where the rows are others."""
+        same = len(shape) > 1 and shape[0] == self.shape[0]
+        return Packed(self.storage, torch.Size(shape), dict(self.named_buffers())) if same else None
+
+    def rows(self, start: int, stop: int) -> Packed | None:
+        """Return rows ``start`` to ``stop``, views; None where blocks of values go over a row's end."""
+        return self._of_rows(lambda t: t[start:stop].flatten(0, 1), stop - start)
+
+    def lookup(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the rows ``ids`` (...) of a matrix as (..., columns); only these are unpacked."""
+        found = self._of_rows(lambda t: t[ids.flatten()].flatten(0, 1), ids.numel())
+        if found is None:
+            return F.embedding(ids, self.unpack(dtype))
+        return found.unpack(dtype).view(*ids.shape, -1)
+
+    def _of_rows(self, choose: Callable[[torch.Tensor], torch.Tensor], count: int) -> Packed | None:
+        """Return the weight of chosen rows; ``choose`` gets tensors (rows, parts of a row, ...)."""
+        rows, tensors = self.shape[0], {}
+        if self.storage not in FILE_FORMATS or not rows:
+            return None
+        for name, t in self.named_buffers():
+            if t.shape[0] % rows:
+                return None
+            tensors[name] = choose(t.view(rows, t.shape[0] // rows, *t.shape[1:]))
+        return Packed(self.storage, torch.Size((count, *self.shape[1:])), tensors)
+
+
+def stacked(weights: Sequence[Packed]) -> Packed | None:
+    """Return weights of one format one below the other, a copy; None where that needs their values."""
+    first = weights[0]
+    alike = {(w.storage, w.shape[1:], tuple(n for n, _ in w.named_buffers())) for w in weights}
+    if len(alike) > 1 or any(w.rows(0, w.shape[0]) is None for w in weights):
+        return None
+    tensors = {name: torch.cat([w.get_buffer(name) for w in weights]) for name, _ in first.named_buffers()}
+    shape = torch.Size((sum(w.shape[0] for w in weights), *first.shape[1:]))
+    return Packed(first.storage, shape, tensors)
 
 
 @dataclass(frozen=True)

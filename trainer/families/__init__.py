@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ..errors import LoraGraftError
-from .base import Family
+from .base import Family, Tensors
+from .chroma import Chroma
+from .flux import Flux
+from .qwen_image import QwenImage
+from .sd2 import SD2
+from .sd3 import SD3
 from .sd15 import SD15
+from .sdxl import SDXL
+from .z_image import ZImage
 
-FAMILIES: dict[str, Family] = {"sd15": SD15()}
+FAMILIES: dict[str, Family] = {
+    "sd15": SD15(),
+    "sd2": SD2(),
+    "sdxl": SDXL(),
+    "sd3": SD3("sd3"),
+    "sd35_large": SD3("sd35_large"),
+    "sd35_medium": SD3("sd35_medium"),
+    "flux": Flux("flux"),
+    "flux_schnell": Flux("flux_schnell"),
+    "chroma": Chroma(),
+    "qwen_image": QwenImage(),
+    "z_image": ZImage(),
+}
 
 __all__ = ["FAMILIES", "Family", "detect"]
 
 
-def detect(keys: Sequence[str], *, where: str) -> Family:
-    """Return the family that single-file keys belong to; raises LG-BASE-002 when none does."""
+def detect(weights: Tensors, *, where: str) -> Family:
+    """Return the family that single-file weights belong to; raises LG-BASE-002 when none does."""
     for family in FAMILIES.values():
-        if family.detect(keys):
+        if family.detect(weights):
             return family
     raise LoraGraftError(
         "LG-BASE-002",
         "The base model's architecture is not known.",
-        where=f"{where} ({len(keys)} tensors, first: {next(iter(sorted(keys)), 'none')})",
+        where=f"{where} ({len(weights)} tensors, first: {next(iter(sorted(weights)), 'none')})",
         why=f"its tensor names fit none of the supported families: {', '.join(FAMILIES)}.",
         fix="use a complete checkpoint of a supported family (U-Net, VAE and text encoder in one file)",
     )

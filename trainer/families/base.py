@@ -3,58 +3,114 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 from torch import nn
 
 from ..block_weights import Blocks
-from ..objective import NoiseSchedule
+from ..objective import Objective
 from ..parts import Parts, Target
 
 Tensors = Mapping[str, torch.Tensor]
+Texts = tuple[torch.Tensor, ...]  # of captions, each (B, ...): their tokens, or what the denoiser sees of them
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How captions are read.
+
+    ``max_token_length`` is CLIP's, 75, 150 or 225 and so on; ``t5_length`` that of encoders of whole
+    sentences, None for the family's own. ``weighted`` reads brackets as emphasis, and ``keep_mean`` scales
+    the result back to its mean. ``mask_padding`` hides padded places from the denoiser.
+    """
+
+    max_token_length: int = 75
+    clip_skip: int = 1
+    weighted: bool = False
+    keep_mean: bool = False
+    t5_length: int | None = None
+    mask_padding: bool = False
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a family's images are usually drawn with: steps, guidance by a negative prompt, and distilled."""
+
+    steps: int
+    cfg: float
+    guidance: float | None = None
 
 
 class Family(Protocol):
     """One architecture: how its weights are named, loaded, encoded, predicted with and sampled.
 
-    ``blocks`` are those of the denoiser that settings can weigh; None where it has none of the kind.
+    A size in pixels is a multiple of ``latent_multiple``. ``encoders`` maps text encoders to the kind of
+    tokenizer they need, ``optional`` are those a base may lack; ``folders`` maps parts to the folders in
+    which diffusers keeps them. ``blocks`` are those of the denoiser that settings can weigh; None where it
+    has none of the kind. ``ignored`` are settings without a meaning here, and why; ``defaults`` what a
+    setting's "auto" or empty value means here.
     """
 
     name: str
     latent_multiple: int
     blocks: Blocks | None
-    schedule: NoiseSchedule
+    objective: Objective
+    metadata: Mapping[str, str]
+    encoders: Mapping[str, str]
+    optional: tuple[str, ...]
+    folders: Mapping[str, str]
+    trains_text: bool
+    uses_sizes: bool
+    look: Look
+    ignored: Mapping[str, str]
+    defaults: Mapping[str, Any]
 
-    def detect(self, keys: Sequence[str]) -> bool:
-        """Say whether single-file keys belong to this family."""
+    def detect(self, weights: Tensors) -> bool:
+        """Say whether single-file weights belong to this family, by names and shapes."""
+
+    def velocity_of(self, weights: Tensors) -> bool | None:
+        """Say whether single-file weights predict velocity and not noise; None where they do not tell."""
+
+    def zero_terminal_of(self, weights: Tensors) -> bool | None:
+        """Say whether single-file weights were trained to a last timestep of noise alone; None: not told."""
 
     def split(self, weights: Tensors) -> dict[str, Tensors]:
-        """Sort single-file weights into diffusers-named state dicts of the three parts (views)."""
+        """Sort single-file weights into state dicts of the parts' modules (views where that can be)."""
 
     def join(self, state_dicts: Mapping[str, Tensors]) -> Tensors:
-        """Return the three parts under single-file names (views): what `split` takes apart."""
+        """Return the parts under single-file names: what `split` takes apart."""
 
-    def load(self, state_dicts: Mapping[str, Tensors], tokenizer: Any) -> Parts:
+    def from_folder(self, state_dicts: Mapping[str, Tensors]) -> dict[str, Tensors]:
+        """Bring the parts of a diffusers folder to the names and shapes of the parts' modules."""
+
+    def load(self, state_dicts: Mapping[str, Tensors], tokenizers: Mapping[str, Any]) -> Parts:
         """Build the modules on the meta device and assign the given tensors to them, without a copy."""
+
+    def latent_shape(self, parts: Parts, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape (C, h, w) of an image's latents; height and width in pixels."""
 
     def encode_images(self, parts: Parts, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Encode pixels (B, 3, H, W) in [-1, 1] into the moments of their latents, float32."""
 
     def latents(self, moments: Tensors, noise: torch.Tensor) -> torch.Tensor:
-        """Draw scaled latents (B, C, H/8, W/8) from moments with standard normal ``noise`` of that shape."""
+        """Draw scaled latents (B, C, h, w) from moments with standard normal ``noise`` of that shape."""
 
-    def tokenize(self, parts: Parts, captions: Sequence[str], max_token_length: int) -> torch.Tensor:
-        """Return token ids (B, chunks, 77), int64."""
+    def decode(self, parts: Parts, latents: torch.Tensor) -> torch.Tensor:
+        """Return pixels (B, 3, H, W), about in [-1, 1], float32, for scaled latents."""
 
-    def tokenize_weighted(
-        self, parts: Parts, captions: Sequence[str], max_token_length: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return token ids of captions with emphasis, and the weights (B, chunks*75+2) of their places."""
+    def tokenize(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Texts:
+        """Return the tokens of captions, tensors (B, ...) whose shapes depend on ``reading`` alone."""
 
-    def encode_text(self, parts: Parts, ids: torch.Tensor, clip_skip: int) -> torch.Tensor:
-        """Return the conditioning (B, chunks*75+2, D) for token ids (B, chunks, 77)."""
+    def reading_for(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Reading:
+        """Return the reading with lengths that cut none of these captions, where that can be."""
+
+    def encode_text(self, parts: Parts, tokens: Texts, reading: Reading) -> Texts:
+        """Return the conditioning, tensors (B, ...), for what `tokenize` returned with this reading."""
+
+    def cond_shapes(self, parts: Parts, reading: Reading) -> list[tuple[int, ...]]:
+        """Return the shapes of `encode_text`'s tensors without the batch."""
 
     def word_rows(self, parts: Parts, text: str) -> torch.Tensor:
         """Return the embeddings (n, D) of a text's tokens, float32 on the CPU; of "", those of all tokens."""
@@ -62,8 +118,20 @@ class Family(Protocol):
     def add_words(self, parts: Parts, vectors: Mapping[str, nn.Parameter]) -> None:
         """Let captions mean ``vectors``, (n, D) a word, wherever they have one of the words."""
 
-    def predict(self, parts: Parts, noisy: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """Return the denoiser's output, noise or velocity, for noisy latents at integer timesteps t (B,)."""
+    def predict(
+        self,
+        parts: Parts,
+        noisy: torch.Tensor,
+        t: torch.Tensor,
+        cond: Texts,
+        sizes: torch.Tensor | None = None,
+        guidance: float | None = None,
+    ) -> torch.Tensor:
+        """Return the denoiser's output for noisy latents at timesteps t (B,), in the objective's terms.
+
+        ``sizes`` (B, 6) hold the original height and width, the crop's top and left, and the target height
+        and width, for families with ``uses_sizes``. ``guidance`` None stands for the family's.
+        """
 
     def targets(
         self, parts: Parts, *, convolutions: bool, preset: str = "", norms: bool = False
@@ -72,21 +140,3 @@ class Family(Protocol):
 
         ``preset`` names another set, of which "everything" holds all; ``norms`` adds normalisation layers.
         """
-
-    def sample(
-        self,
-        parts: Parts,
-        prompts: Sequence[str],
-        *,
-        negative: str,
-        seeds: Sequence[int],
-        size: tuple[int, int],
-        steps: int,
-        cfg: float,
-        clip_skip: int,
-        velocity: bool = False,
-        zero_terminal_snr: bool = False,
-    ) -> list[Image.Image]:
-        """Draw one image of ``size`` (height, width) pixels for each prompt and its seed."""
-
-    metadata: Mapping[str, str]

@@ -36,17 +36,25 @@ def weighted_ids(tokenizer: Any, caption: str, words: Words) -> tuple[list[int],
     return ids, weights
 
 
-def in_chunks(tokenizer: Any, ids: Sequence[int], max_token_length: int) -> torch.Tensor:
+def in_chunks(
+    tokenizer: Any, ids: Sequence[int], max_token_length: int, pad: int | None = None
+) -> torch.Tensor:
     """Return (chunks, 77) token ids: what fits, padded, 75 between a start and an end token.
 
-    As the reference trainer does it for SD1.x, where end and padding are one token.
+    ``pad`` None is the tokenizer's own padding, CLIP's end token. With OpenCLIP's, as in the reference
+    trainer, a chunk of words alone ends in an end token, and one of padding alone begins with one.
     """
-    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if pad is None else pad
     inside = [*ids[:max_token_length], end][:max_token_length]
     inside += [pad] * (max_token_length - len(inside))
-    rows = [inside[i : i + CHUNK] for i in range(0, max_token_length, CHUNK)]
     last = end if len(ids) >= max_token_length else pad
-    return torch.tensor([[start, *row, last] for row in rows])
+    rows = []
+    for i in range(0, max_token_length, CHUNK):
+        first, *others = inside[i : i + CHUNK]
+        closing = last if others[-1] in (end, pad) else end
+        rows.append([start, end if first == pad else first, *others, closing])
+    return torch.tensor(rows)
 
 
 def has_word(text: str, word: str) -> bool:

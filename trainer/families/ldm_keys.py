@@ -1,8 +1,8 @@
-"""Key names of SD1.x's single-file (LDM) layout and of diffusers' modules, both ways.
+"""Key names of the single-file (LDM) layout of SD1.x, SD2.x and SDXL and of diffusers' modules, both ways.
 
 A U-Net or VAE is described by its number of levels and of residual blocks per level; from these a
 table of prefix pairs (LDM, diffusers) follows, and small tables name the layers inside a block.
-Text encoders have the same names in both layouts but for a prefix.
+CLIP's text encoders have the same names in both layouts but for a prefix; OpenCLIP's are in openclip.py.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ def unet_pairs(levels: int, per_level: int, attended: set[int]) -> Pairs:
         ("input_blocks.0.0.", "conv_in."),
         ("time_embed.0.", "time_embedding.linear_1."),
         ("time_embed.2.", "time_embedding.linear_2."),
+        ("label_emb.0.0.", "add_embedding.linear_1."),  # SDXL: pooled text and sizes
+        ("label_emb.0.2.", "add_embedding.linear_2."),
         ("out.0.", "conv_norm_out."),
         ("out.2.", "conv_out."),
         ("middle_block.1.", "mid_block.attentions.0."),

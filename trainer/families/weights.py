@@ -28,6 +28,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.uint8,  # exponents alone: their bytes
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -40,38 +41,24 @@ MOST_STRETCHES = 64  # in a file
 Place = tuple[int, int]  # a file's first byte, and the one after the last
 
 
-class FileWeights(Mapping[str, torch.Tensor]):
-    """The tensors of a .safetensors file; what is read stays that file's, whatever takes its name.
+class Pages:
+    """A file's bytes at named places; what is read stays that file's, whatever takes its name.
 
-    Who asks for a tensor twice, or from another thread, gets the same memory while it is in use.
-    Raises SafetensorError or OSError for a file that is damaged, TypeError for an unknown dtype.
+    Who asks twice, or from another thread, gets the same memory while it is in use.
     """
 
-    def __init__(self, path: Path) -> None:
-        with safe_open(path, framework="pt"):  # the library checks the header against the file
-            self._file = path.open("rb")
+    def __init__(self, path: Path, places: Mapping[str, Place]) -> None:
+        self._file = path.open("rb")
         weakref.finalize(self, self._file.close)
-        (length,) = struct.unpack("<Q", self._file.read(8))
-        header = json.loads(self._file.read(length))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                raise TypeError(f"{name} has the unknown dtype {entry['dtype']}")
-        start = 8 + length
-        places = {
-            name: (start + e["data_offsets"][0], start + e["data_offsets"][1]) for name, e in header.items()
-        }
-        self._tensors = {
-            name: (DTYPES[entry["dtype"]], entry["shape"], places[name]) for name, entry in header.items()
-        }
-        self._stretches = stretches(places)
+        self._places, self._stretches = dict(places), stretches(places)
         self._maps: weakref.WeakValueDictionary[Place, mmap.mmap] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        dtype, shape, (start, end) = self._tensors[name]
+        """Return the bytes (n,) uint8 at a place; writing to them does not reach the file."""
+        start, end = self._places[name]
         if start == end:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(0, dtype=torch.uint8)
         stretch = self._stretches[name]
         page = stretch[0] // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         with self._lock:
@@ -80,8 +67,35 @@ class FileWeights(Mapping[str, torch.Tensor]):
                 size = stretch[1] - page
                 mapped = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY, offset=page)
                 self._maps[stretch] = mapped
-        count = (end - start) // dtype.itemsize
-        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start - page).view(shape)
+        return torch.frombuffer(mapped, dtype=torch.uint8, count=end - start, offset=start - page)
+
+
+class FileWeights(Mapping[str, torch.Tensor]):
+    """The tensors of a .safetensors file, and its ``metadata``; see `Pages`.
+
+    Raises SafetensorError or OSError for a file that is damaged, TypeError for an unknown dtype.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, framework="pt"):  # the library checks the header against the file
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        self.metadata: Mapping[str, str] = header.pop("__metadata__", None) or {}
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise TypeError(f"{name} has the unknown dtype {entry['dtype']}")
+        start = 8 + length
+        places = {
+            name: (start + e["data_offsets"][0], start + e["data_offsets"][1]) for name, e in header.items()
+        }
+        self._tensors = {name: (DTYPES[entry["dtype"]], entry["shape"]) for name, entry in header.items()}
+        self._pages = Pages(path, places)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        dtype, shape = self._tensors[name]
+        return self._pages[name].view(dtype).view(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -17,32 +17,47 @@ from ..data.batches import Batch
 from ..data.cache import TensorCache
 from ..data.train_set import TrainSet
 from ..engine.precision import Precision
+from ..engine.steps import Tensors
 from ..events import Cached
+from ..families.base import Texts
 from ..families.opening import Base
 from ..objective import generator
 from ..parts import Parts
 from .noise import draw_noise, draw_timestep
 from .pictures import Pictures
-from .texts import Texts, draw_caption, keeps_text
+from .sizes import sizes_of
+from .texts import Captions, draw_caption, keeps_text
 
 
 class Fed(NamedTuple):
     """One micro-batch, on the CPU: latents and noise (B, C, h, w), timesteps t (B,), text, loss weights.
 
-    ``text`` is the conditioning (B, L, D) where captions are encoded before, else token ids. ``weight``
-    (B,) is there where regularisation images count otherwise, ``mask`` (B, 1, h, w) where a picture has one,
-    ``perturbed`` (B, C, h, w) where the model sees another noise than it is to predict, and ``emphasis``
-    (B, L) where token ids come with weights.
+    ``text`` is the conditioning where captions are encoded before, else their tokens: tensors (B, ...), as
+    the family has them. ``weight`` (B,) is there where regularisation images count otherwise, ``mask``
+    (B, 1, h, w) where a picture has one, ``perturbed`` (B, C, h, w) where the model sees another noise than
+    it is to predict, and ``sizes`` (B, 6) where the model is told the pictures' sizes.
     """
 
     latents: torch.Tensor
     noise: torch.Tensor
     t: torch.Tensor
-    text: torch.Tensor
+    text: Texts
     weight: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     perturbed: torch.Tensor | None = None
-    emphasis: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> Tensors:
+        """All of it as one row, as the engines take it; the text comes last."""
+        fixed = self.latents, self.noise, self.t, self.weight, self.mask, self.perturbed, self.sizes
+        return (*fixed, *self.text)
+
+    @classmethod
+    def of(cls, tensors: Tensors) -> Fed:
+        """Return what `tensors` made a row of."""
+        latents, noise, t, weight, mask, perturbed, sizes, *text = tensors
+        return cls(latents, noise, t, tuple(text), weight, mask, perturbed, sizes)  # type: ignore[arg-type]
 
 
 class Inputs:
@@ -63,7 +78,7 @@ class Inputs:
         self.config, self.precision, self.cache = config, precision, cache
         self.total_steps = total_steps
         self.pictures = Pictures(base, parts, train_set, config, precision, cache)
-        self.texts = Texts(base, parts, train_set, config, precision, cache, total_steps)
+        self.texts = Captions(base, parts, train_set, config, precision, cache, total_steps)
         self.keeps_text = keeps_text(train_set, train_text, config)
         uses = zip(train_set.records, train_set.configs, strict=True)
         self.is_weighted = any(record.is_reg and data.prior_loss_weight != 1 for record, data in uses)
@@ -89,33 +104,30 @@ class Inputs:
             noise, disturbed = draw_noise(config, latents[-1], step, sample)
             noises.append(noise)
             perturbed += [] if disturbed is None else [disturbed]
-            timesteps.append(draw_timestep(config, family.schedule.num_timesteps, step, sample))
+            timesteps.append(draw_timestep(config, family.objective, batch.bucket, step, sample))
             captions.append(
                 draw_caption(self.train_set, use[0], seed, step, sample, batch.epoch, self.total_steps)
             )
             if self.is_masked:
                 masks.append(moments.get("mask", torch.ones(1, 1, *shape[2:])))
-        text, emphasis = self._text(captions)
         return Fed(
             torch.cat(latents),
             torch.cat(noises),
             torch.cat(timesteps),
-            text,
+            self._text(captions),
             torch.tensor(batch.loss_weights) if self.is_weighted else None,
             torch.cat(masks) if self.is_masked else None,
             torch.cat(perturbed) if perturbed else None,
-            emphasis,
+            sizes_of(self.train_set, batch) if family.uses_sizes else None,
         )
 
-    def embed(self, text: torch.Tensor, emphasis: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the conditioning (B, L, D) of a `Fed`'s text; what is encoded here carries gradients."""
-        return text if self.keeps_text else self.texts.encode(text, emphasis, grad=True)
+    def embed(self, text: Texts) -> Texts:
+        """Return the conditioning of a `Fed`'s text; what is encoded here carries gradients."""
+        return text if self.keeps_text else self.texts.encode(text, grad=True)
 
-    def _text(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return captions as a `Fed` holds them: their conditioning, or their tokens and emphasis."""
-        if self.keeps_text:
-            return torch.cat([self.texts.kept(caption) for caption in captions]), None
-        return self._tokenize(captions), self.texts.emphasis(captions)
-
-    def _tokenize(self, captions: list[str]) -> torch.Tensor:
-        return self.texts.tokenize(captions)
+    def _text(self, captions: list[str]) -> Texts:
+        """Return captions as a `Fed` holds them: their conditioning, or their tokens."""
+        if not self.keeps_text:
+            return self.texts.tokenize(captions)
+        kept = [self.texts.kept(caption) for caption in captions]
+        return tuple(torch.cat(column) for column in zip(*kept, strict=True))

@@ -7,14 +7,45 @@ import random
 import torch
 
 from ..config import TrainConfig
-from ..objective import coarse_sizes, generator, multires_noise, offset_noise
+from ..contradictions.flow import AUTO, AUTO_WITHOUT
+from ..objective import (
+    Flow,
+    Objective,
+    Times,
+    coarse_sizes,
+    drawn_level,
+    generator,
+    multires_noise,
+    offset_noise,
+    tokens_of,
+)
 
 
-def draw_timestep(config: TrainConfig, num_timesteps: int, step: int, sample: int) -> torch.Tensor:
-    """Draw a timestep (1,) from min_timestep up to, but not including, max_timestep."""
-    limit = min(config.max_timestep, num_timesteps)
-    return torch.randint(
-        config.min_timestep, limit, (1,), generator=generator(config.seed, step, sample, "t")
+def draw_timestep(
+    config: TrainConfig, objective: Objective, size: tuple[int, int], step: int, sample: int
+) -> torch.Tensor:
+    """Draw a timestep (1,) from min_timestep up to, but not including, max_timestep.
+
+    A schedule's are int64, each as likely. A flow's are float32: a noise level of the distribution that
+    timestep_sampling names, for an image of ``size`` pixels, brought between the two as the reference
+    trainer does for SD3.
+    """
+    rng = generator(config.seed, step, sample, "t")
+    low, high = config.min_timestep, min(config.max_timestep, objective.num_timesteps)
+    if isinstance(objective, Flow):
+        return low + (high - low) * drawn_level(times_of(config), rng, tokens_of(size))
+    return torch.randint(low, high, (1,), generator=rng)
+
+
+def times_of(config: TrainConfig) -> Times:
+    """Return the distribution of a flow's noise levels that a run draws from."""
+    return Times(
+        AUTO_WITHOUT if config.timestep_sampling == AUTO else config.timestep_sampling,
+        config.sigmoid_scale,
+        config.logit_mean,
+        config.logit_std,
+        config.mode_scale,
+        1.0 if config.discrete_flow_shift is None else config.discrete_flow_shift,
     )
 
 

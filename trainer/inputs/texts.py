@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -21,7 +21,7 @@ from ..data.train_set import TrainSet
 from ..engine.precision import Precision, visiting
 from ..errors import LoraGraftError
 from ..events import Cached
-from ..families.emphasis import emphasise
+from ..families.base import Reading, Texts
 from ..families.opening import Base
 from ..parts import Parts
 
@@ -69,7 +69,19 @@ def planned_uses(
         epoch += 1
 
 
-class Texts:
+def reading_of(config: TrainConfig) -> Reading:
+    """Return how a run reads its captions."""
+    return Reading(
+        token_length(config),
+        config.clip_skip,
+        config.weighted_captions,
+        config.weighted_captions_keep_mean,
+        config.t5xxl_max_token_length,
+        config.apply_t5_attn_mask,
+    )
+
+
+class Captions:
     """The captions of a train set as conditioning."""
 
     def __init__(
@@ -85,52 +97,41 @@ class Texts:
         self.base, self.parts, self.train_set = base, parts, train_set
         self.config, self.precision, self.cache = config, precision, cache
         self.total_steps = total_steps
-        self._cond: dict[str, torch.Tensor] = {}
+        self.reading = reading_of(config)
+        self._cond: dict[str, Texts] = {}
         self._held = 0
 
     def prepare(self) -> Iterator[Cached]:
         """Encode every text that the run will draw; raises LG-DATA-011 where they do not fit on the disk."""
         texts, hits = self._texts(), 0
-        with visiting(self.parts.text_encoder, self.precision.device):
+        with visiting(self.parts.text_encoders, self.precision.device):
             for done, caption in enumerate(texts, 1):
                 cond, was_there = self._stored(caption)
                 hits += was_there
+                size = sum(x.nbytes for x in cond)
                 if done == 1:
-                    self._check_room(len(texts) * cond.nbytes)
-                if self._held + cond.nbytes <= IN_MEMORY:
-                    self._cond[caption], self._held = cond, self._held + cond.nbytes
+                    self._check_room(len(texts) * size)
+                if self._held + size <= IN_MEMORY:
+                    self._cond[caption], self._held = cond, self._held + size
                 yield Cached("captions", done, len(texts), hits)
 
-    def kept(self, caption: str) -> torch.Tensor:
-        """Return a caption's conditioning (1, L, D), on the CPU."""
+    def kept(self, caption: str) -> Texts:
+        """Return a caption's conditioning, tensors (1, ...), on the CPU."""
         if caption in self._cond:
             return self._cond[caption]
-        key = self._key(caption)
-        if (stored := self.cache.get(key)) is not None:
-            return stored["cond"]
-        with visiting(self.parts.text_encoder, self.precision.device):
+        if (stored := self.cache.get(self._key(caption))) is not None:
+            return _in_order(stored)
+        with visiting(self.parts.text_encoders, self.precision.device):
             return self._stored(caption)[0]
 
-    def tokenize(self, captions: list[str]) -> torch.Tensor:
-        """Return token ids (B, chunks, 77)."""
-        family, length = self.base.family, token_length(self.config)
-        if self.config.weighted_captions:
-            return family.tokenize_weighted(self.parts, captions, length)[0]
-        return family.tokenize(self.parts, captions, length)
+    def tokenize(self, captions: list[str]) -> Texts:
+        """Return the captions' tokens, tensors (B, ...)."""
+        return self.base.family.tokenize(self.parts, captions, self.reading)
 
-    def emphasis(self, captions: list[str]) -> torch.Tensor | None:
-        """Return what each place of the conditioning counts, (B, L), where captions come with weights."""
-        if not self.config.weighted_captions:
-            return None
-        return self.base.family.tokenize_weighted(self.parts, captions, token_length(self.config))[1]
-
-    def encode(self, ids: torch.Tensor, emphasis: torch.Tensor | None, *, grad: bool) -> torch.Tensor:
-        """Return the conditioning (B, L, D) of token ids on the encoder's device."""
+    def encode(self, tokens: Texts, *, grad: bool) -> Texts:
+        """Return the conditioning, tensors (B, ...), for tokens on the encoders' device."""
         with torch.set_grad_enabled(grad):
-            cond = self.base.family.encode_text(self.parts, ids, self.config.clip_skip)
-            if emphasis is None:
-                return cond
-            return emphasise(cond, emphasis, keep_mean=self.config.weighted_captions_keep_mean)
+            return self.base.family.encode_text(self.parts, tokens, self.reading)
 
     def _texts(self) -> list[str]:
         """List every text that can come: all forms of captions that never vary, and what the others draw."""
@@ -147,35 +148,35 @@ class Texts:
                     texts.add(drawn)
         return sorted(texts)
 
-    def _stored(self, caption: str) -> tuple[torch.Tensor, bool]:
+    def _stored(self, caption: str) -> tuple[Texts, bool]:
         """Return a caption's conditioning from the cache, else encode it; and whether it was there."""
         key = self._key(caption)
         stored = self.cache.get(key)
         if stored is not None:
-            return stored["cond"], True
-        device, emphasis = self.precision.device, self.emphasis([caption])
-        weights = None if emphasis is None else emphasis.to(device)
-        cond = self.encode(self.tokenize([caption]).to(device), weights, grad=False).cpu()
-        self.cache.put(key, {"cond": cond})
+            return _in_order(stored), True
+        tokens = tuple(x.to(self.precision.device) for x in self.tokenize([caption]))
+        cond = tuple(x.cpu() for x in self.encode(tokens, grad=False))
+        self.cache.put(key, {_name(number): x for number, x in enumerate(cond)})
         return cond, False
 
     def _key(self, caption: str) -> str:
-        emphasis = self.emphasis([caption])
-        weighted: dict[str, object] = {}
-        if emphasis is not None:
-            weighted = {
-                "emphasis": emphasis.flatten().tolist(),
-                "keep_mean": self.config.weighted_captions_keep_mean,
-            }
+        ids, *others = self.tokenize([caption])
+        more: dict[str, object] = {}
+        if others:
+            more["tokens"] = [x.flatten().tolist() for x in others]
+        if self.reading.weighted:
+            more["keep_mean"] = self.reading.keep_mean
+        if self.reading.mask_padding:
+            more["mask_padding"] = True
         return key_of(
             kind="text",
-            ids=self.tokenize([caption]).flatten().tolist(),
+            ids=ids.flatten().tolist(),
             clip_skip=self.config.clip_skip,
-            text_encoder=self.base.part_hash("text_encoder"),
+            text_encoder=self.base.text_hash,
             precision=self.precision.name,
             # Before, half precision went through autocast; its entries differ in the last bits.
             **({} if self.precision.name == "fp32" else {"autocast": False}),
-            **weighted,
+            **more,
             device=self.precision.device.type,
         )
 
@@ -193,3 +194,12 @@ class Texts:
                 why="captions vary from use to use, and each text is kept.",
                 fix="free some space, or set cache_text_encoder_outputs to false",
             )
+
+
+def _name(number: int) -> str:
+    """Name a tensor of a conditioning in the cache."""
+    return f"cond_{number}" if number else "cond"
+
+
+def _in_order(stored: Mapping[str, torch.Tensor]) -> Texts:
+    return tuple(stored[_name(number)] for number in range(len(stored)))

@@ -55,10 +55,45 @@ class NoiseSchedule:
         a = self.signal(t).view(-1, 1, 1, 1)
         return a.sqrt() * latents + (1 - a).sqrt() * noise
 
+    def target(
+        self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, *, velocity: bool = False
+    ) -> torch.Tensor:
+        """Return what the denoiser is to predict: the noise, or ``velocity``."""
+        return self.velocity(latents, noise, t) if velocity else noise
+
     def velocity(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Return v = sqrt(a_t) noise - sqrt(1 - a_t) x (Salimans & Ho 2022, appendix D)."""
         a = self.signal(t).view(-1, 1, 1, 1)
         return a.sqrt() * noise - (1 - a).sqrt() * latents
+
+    def sigmas_for(self, steps: int, size: tuple[int, int]) -> torch.Tensor:
+        """Return (steps + 1,) falling sigmas at evenly spaced timesteps, the last 0; of any image size."""
+        t = torch.linspace(self.num_timesteps - 1, 0, steps).round().long()
+        return torch.cat([self.sigmas[t], torch.zeros(1)])
+
+    def start(self, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Return x = x0 + sigma noise where nothing of x0 is left: what sampling begins with."""
+        return noise * (1 + sigma**2) ** 0.5
+
+    def model_input(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Return x_t = sqrt(a_t) x, which the denoiser knows, for x = x0 + sigma noise."""
+        return x / (1 + sigma**2) ** 0.5
+
+    def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Return the timestep, int64 (), whose sigma is nearest in log."""
+        return (self.sigmas.log().to(sigma.device) - sigma.log()).abs().argmin()
+
+    def denoised(
+        self, x: torch.Tensor, output: torch.Tensor, sigma: torch.Tensor, *, velocity: bool = False
+    ) -> torch.Tensor:
+        """Return the estimate of x0 that the denoiser's output is, for x = x0 + sigma noise.
+
+        A velocity tells x0 = sqrt(a_t) x_t - sqrt(1 - a_t) v (Salimans & Ho 2022).
+        """
+        if not velocity:
+            return x - sigma * output
+        share = 1 / (1 + sigma**2) ** 0.5  # sqrt(a_t)
+        return x * share**2 - output * sigma * share
 
 
 @lru_cache(maxsize=32)

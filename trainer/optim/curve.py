@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ..block_weights import Blocks, block_lr_weights
-from ..config import TrainConfig, denoiser_lr, encoder_lr, optimizer_kwargs
+from ..config import ENCODER_RATES, TrainConfig, denoiser_lr, encoder_lr, optimizer_kwargs
 from ..settings.optimizers import has_relative_steps
 from .find import known
 from .groups import lr_scale
@@ -23,7 +23,8 @@ def curve(config: TrainConfig, total_steps: int, at: Sequence[int] | None = None
     if has_relative_steps(known(config), optimizer_kwargs(config)):
         warms_up = bool(optimizer_kwargs(config).get("warmup_init", False))
         return [min(1e-6 * (step + 1) if warms_up else 1e-2, 1.0 / math.sqrt(step + 1)) for step in steps]
-    base = (denoiser_lr(config) or encoder_lr(config)) * lr_scale(config)
+    rates = denoiser_lr(config), *(encoder_lr(config, part) for part in ENCODER_RATES)
+    base = next((rate for rate in rates if rate), 0.0) * lr_scale(config)
     return [rate(config, base, step, total_steps) for step in steps]
 
 

@@ -10,10 +10,10 @@ from torch import nn
 from ..block_weights import Blocks, block_lr_weights
 from ..config import TrainConfig, denoiser_lr, encoder_lr
 from ..errors import LoraGraftError
-from ..parts import Target
+from ..parts import DENOISER, TEXT_ENCODERS, Target
 from ..patterns import first, rules
 
-PARTS = ("text_encoder", "denoiser")  # the order of the groups, as the reference has it
+PARTS = (*TEXT_ENCODERS, DENOISER)  # the order of the groups, as the reference has it
 
 
 @dataclass
@@ -45,7 +45,7 @@ def group_tensors(
             fix="clear them; network_reg_lrs sets the rates of single modules",
         )
     patterns = rules(config.network_reg_lrs)
-    part_lr = {"text_encoder": encoder_lr(config), "denoiser": denoiser_lr(config)}
+    part_lr = {part: encoder_lr(config, part) for part in TEXT_ENCODERS} | {DENOISER: denoiser_lr(config)}
     scale = lr_scale(config)
     groups: dict[tuple[str, ...], Group] = {}
     used = set()
@@ -59,7 +59,7 @@ def group_tensors(
             if found is not None:
                 used.add(found.text)
                 label, lr = f"{part} {found.text}", found.value * scale
-            elif part == "denoiser" and weights and blocks is not None and target.block is not None:
+            elif part == DENOISER and weights and blocks is not None and target.block is not None:
                 label, lr = f"denoiser {blocks.names[target.block]}", lr * weights[target.block]
             for name, tensor in tensors.items():
                 is_plus = ratio is not None and is_up(name)
@@ -103,7 +103,7 @@ def as_pairs(groups: Sequence[Group]) -> list[tuple[list[nn.Parameter], float]]:
 
 
 def _plus_ratio(config: TrainConfig, part: str) -> float | None:
-    own = config.loraplus_unet_lr_ratio if part == "denoiser" else config.loraplus_text_encoder_lr_ratio
+    own = config.loraplus_unet_lr_ratio if part == DENOISER else config.loraplus_text_encoder_lr_ratio
     return own or config.loraplus_lr_ratio
 
 

@@ -43,6 +43,22 @@ class LearningSettings:
         minimum=0.0,
         maximum=10.0,
     )
+    text_encoder_2_lr: float | None = setting(
+        None,
+        "Learning rate of the second text encoder; empty takes that of the first, or for T5 and its like "
+        "leaves it out, as 0 does.",
+        minimum=0.0,
+        maximum=10.0,
+        advanced=True,
+    )
+    text_encoder_3_lr: float | None = setting(
+        None,
+        "Learning rate of the third text encoder; empty takes that of the first, or for T5 and its like "
+        "leaves it out, as 0 does.",
+        minimum=0.0,
+        maximum=10.0,
+        advanced=True,
+    )
     scale_lr: bool = setting(
         False, "Multiply all learning rates by the images that one step sees.", advanced=True
     )

@@ -94,8 +94,12 @@ class SavingSettings:
     sample_steps: int = setting(
         20, "Sampling steps of a sample image.", minimum=1, maximum=1000, advanced=True
     )
-    sample_cfg: float = setting(
-        7.0, "Guidance scale of a sample image.", minimum=1, maximum=100, advanced=True
+    sample_cfg: float | None = setting(
+        None,
+        "Guidance scale of a sample image; empty takes what is usual for the base model (SD 7, Flux 1).",
+        minimum=1,
+        maximum=100,
+        advanced=True,
     )
     validate_every_n_steps: int | None = setting(
         None,

@@ -17,8 +17,11 @@ import torch
 
 from ..errors import LoraGraftError, listed
 from ..families import ldm_keys as keys
-from ..families.opening import FOLDERS, find_tokenizer, open_file, open_folder
-from ..families.sd15 import SD15, text_config, unet_config, vae_config
+from ..families.autoencoder import vae_config
+from ..families.clip_text import text_config
+from ..families.opening import open_file, open_folder
+from ..families.sd15 import SCALING_FACTOR, SD15, config_of
+from ..families.tokenizers import find_tokenizer
 from ..safefile import write_text
 from .lora_file import check_free
 from .stream import Form, open_weights, write_stream
@@ -127,13 +130,13 @@ def to_folder(
     if vae is not None:
         parts["vae"] = _vae_parts(vae)
     configs: dict[str, dict[str, Any]] = {
-        "denoiser": {"_class_name": "UNet2DConditionModel", **unet_config(parts["denoiser"])},
-        "vae": {"_class_name": "AutoencoderKL", **vae_config(parts["vae"])},
+        "denoiser": {"_class_name": "UNet2DConditionModel", **config_of(parts["denoiser"])},
+        "vae": {"_class_name": "AutoencoderKL", **vae_config(parts["vae"], scaling_factor=SCALING_FACTOR)},
         "text_encoder": {"architectures": ["CLIPTextModel"], **text_config(parts["text_encoder"])},
     }
     configs["text_encoder"]["model_type"] = "clip_text_model"
     for part, source in parts.items():
-        inside = output / FOLDERS[part]
+        inside = output / SD15.folders[part]
         forms: dict[str, Form] = {k: (source[k].dtype, tuple(source[k].shape)) for k in sorted(source)}
         file = inside / f"{FILES[part]}.safetensors"
         write_stream(file, forms, source.__getitem__, {"format": "pt"}, tell=tell)

@@ -7,8 +7,8 @@ SD1.x's U-Net, eps- or v-prediction. A LoRA named in a prompt, <lora:name:0.8>, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,13 +17,11 @@ from PIL import Image
 from torch import nn
 
 from ..adapters.files import PREDICTION, TERMINAL, VELOCITY
-from ..engine.precision import pick_device, place, resolve, visiting
+from ..engine.precision import pick_device, place, resolve
 from ..errors import LoraGraftError, listed, nearest
-from ..families.clip_tokens import CHUNK, weighted_ids
-from ..families.emphasis import emphasise
+from ..families.base import Reading
+from ..families.drawing import Guided, denoiser, start_noise, to_images
 from ..families.opening import Base
-from ..families.sd15 import SCALING_FACTOR
-from ..objective import generator
 from ..parts import Parts
 from .convert import to_common
 from .deltas import ON_WEIGHT, bias_change, delta, refusal
@@ -31,7 +29,7 @@ from .embeddings import add_embeddings
 from .layout import read_vae
 from .lora_file import LoraFile, read_lora
 from .samplers import SAMPLERS
-from .sigmas import SCHEDULES, sigmas_of, timestep_of
+from .sigmas import SCHEDULES, sigmas_of
 from .unflatten import flatten
 
 TAG = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?>")
@@ -40,11 +38,14 @@ Loras = tuple[tuple[Path, float], ...]
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How to draw; ``size`` is (height, width) in pixels. ``velocity``: the base predicts v."""
+    """How to draw; ``size`` is (height, width) in pixels. ``cfg`` None is what is usual for the base.
+
+    ``velocity``: the base predicts v; some bases tell by themselves.
+    """
 
     size: tuple[int, int] = (512, 512)
     steps: int = 20
-    cfg: float = 7.0
+    cfg: float | None = None
     sampler: str = "euler"
     schedule: str = "normal"
     negative: str = ""
@@ -132,7 +133,7 @@ def parameters(
         "Steps": settings.steps,
         "Sampler": settings.sampler,
         "Schedule type": settings.schedule,
-        "CFG scale": f"{settings.cfg:g}",
+        "CFG scale": f"{_cfg(base, settings):g}",
         "Seed": seed,
         "Size": f"{width}x{height}",
         "Model": base.name,
@@ -181,10 +182,16 @@ def merge_into_modules(parts: Parts, files: Sequence[tuple[LoraFile, float]]) ->
 def _layers(parts: Parts) -> dict[str, Any]:
     """Return every linear layer, convolution and normalisation layer under kohya's name."""
     found: dict[str, Any] = {}
-    for prefix, root in (("lora_unet_", parts.denoiser), ("lora_te_", parts.text_encoder)):
+    # The only text encoder is kohya's te, of several the first is te1.
+    encoders = list(parts.text_encoders.values())
+    numbered = [(f"lora_te{n}_", encoder) for n, encoder in enumerate(encoders, 1)]
+    for prefix, root in (
+        ("lora_unet_", parts.denoiser),
+        *(numbered if len(encoders) > 1 else [("lora_te_", encoders[0])]),
+    ):
         for path, module in root.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)):
-                text = prefix == "lora_te_" and not path.startswith("text_model.")
+                text = prefix != "lora_unet_" and not path.startswith("text_model.")
                 found[prefix + flatten(f"text_model.{path}" if text else path)] = module
     return found
 
@@ -199,8 +206,7 @@ def _ready(
 ) -> Parts:
     """Load the base with everything in it, on the device and in the arithmetic's precision."""
     if vae is not None:
-        state: Mapping[str, Any] = {**base.state_dicts, "vae": read_vae(vae)}
-        base = Base(base.family, base.name, state, base.tokenizer_folder, owned=base.owned)
+        base = replace(base, state_dicts={**base.state_dicts, "vae": read_vae(vae)}, known_hash=None)
     files = [(read_lora(path), strength) for path, strength in loras]
     for file, _ in files:
         _check_prediction(file, settings)
@@ -237,47 +243,26 @@ def _check_prediction(file: LoraFile, settings: SampleSettings) -> None:
 def _draw(
     base: Base, parts: Parts, prompt: str, seeds: Sequence[int], settings: SampleSettings
 ) -> list[Image.Image]:
-    device = next(parts.denoiser.parameters()).device
-    cond = _encode(base, parts, [settings.negative, prompt], settings, device)
-    cond = cond.repeat_interleave(len(seeds), 0)
-    table = base.family.schedule.sigmas.to(device)
-
-    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        share = 1 / (1 + sigma**2).sqrt()  # of the signal, sqrt(alphas_cumprod)
-        t = timestep_of(table, sigma)
-        both = base.family.predict(parts, (x * share).repeat(2, 1, 1, 1), t.expand(2 * len(x)), cond)
-        negative, positive = both.float().chunk(2)
-        predicted = negative + settings.cfg * (positive - negative)
-        if settings.velocity:  # x0 = a x_t - sqrt(1 - a^2) v with x_t = a x (Salimans and Ho 2022)
-            return x * share**2 - predicted * sigma * share
-        return x - sigma * predicted
-
-    shape = (4, settings.size[0] // 8, settings.size[1] // 8)
+    family, device = base.family, next(parts.denoiser.parameters()).device
+    velocity = settings.velocity or bool(base.velocity)
+    cfg, terminal = _cfg(base, settings), bool(base.zero_terminal)
+    guided = Guided(settings.negative, cfg, velocity=velocity, zero_terminal_snr=terminal)
+    has_emphasis = "weighted_captions" not in family.ignored
+    reading = Reading(clip_skip=settings.clip_skip, weighted=has_emphasis, keep_mean=settings.keep_mean)
+    denoise = denoiser(family, parts, [prompt] * len(seeds), settings.size, guided, reading)
+    table = family.objective.sigmas_for(family.objective.num_timesteps, settings.size)[:-1].flip(0)
+    sigmas = sigmas_of(settings.schedule, table, settings.steps).to(device)
+    shape = family.latent_shape(parts, *settings.size)
 
     def noise(*key: object) -> torch.Tensor:
-        drawn = [torch.randn(shape, generator=generator(seed, "sample", *key)) for seed in seeds]
-        return torch.stack(drawn).to(device)
+        return start_noise(shape, seeds, *key).to(device)
 
-    sigmas = sigmas_of(settings.schedule, table.cpu(), settings.steps).to(device)
-    begun = noise() * (1 + sigmas[0] ** 2).sqrt()
-    latents = SAMPLERS[settings.sampler](denoise, begun, sigmas, noise)
-    with visiting(parts.vae, device):
-        pixels = cast(Any, parts.vae).decode(latents / SCALING_FACTOR, return_dict=False)[0].float()
-    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(image.numpy()) for image in levels.cpu()]
+    begun = family.objective.start(noise(), sigmas[0])
+    return to_images(family, parts, SAMPLERS[settings.sampler](denoise, begun, sigmas, noise))
 
 
-def _encode(
-    base: Base, parts: Parts, texts: Sequence[str], settings: SampleSettings, device: torch.device
-) -> torch.Tensor:
-    """Return the conditioning (B, L, D) of texts with emphasis, as long as the longest needs."""
-    longest = max(len(weighted_ids(parts.tokenizer, text, parts.words)[0]) for text in texts)
-    ids, weights = base.family.tokenize_weighted(parts, texts, max(1, -(-longest // CHUNK)) * CHUNK)
-    with visiting(parts.text_encoder, device):
-        cond = base.family.encode_text(parts, ids.to(device), settings.clip_skip)
-    if bool((weights == 1).all()):
-        return cond
-    return emphasise(cond, weights.to(device), keep_mean=settings.keep_mean)
+def _cfg(base: Base, settings: SampleSettings) -> float:
+    return base.family.look.cfg if settings.cfg is None else settings.cfg
 
 
 def _check(settings: SampleSettings) -> None:
@@ -290,7 +275,7 @@ def _check(settings: SampleSettings) -> None:
         reason = "steps are 1 to 1000."
     elif any(side % 8 or not 8 <= side <= 4096 for side in settings.size):
         reason = "width and height are multiples of 8, at most 4096."
-    elif not 0 <= settings.cfg <= 100:
+    elif settings.cfg is not None and not 0 <= settings.cfg <= 100:
         reason = "cfg is 0 to 100."
     if reason:
         raise LoraGraftError(

@@ -51,11 +51,6 @@ def sigmas_of(schedule: str, table: torch.Tensor, steps: int) -> torch.Tensor:
     return torch.cat([SCHEDULES[schedule](table, steps), torch.zeros(1)])
 
 
-def timestep_of(table: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Return the timestep, int64 (), whose sigma is nearest in log."""
-    return (table.log() - sigma.log().to(table.device)).abs().argmin()
-
-
 def _at(table: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """Interpolate log sigma at timesteps t, which need not be whole."""
     low, high = t.floor().long(), t.ceil().long()

@@ -23,6 +23,8 @@ import comfy.ops
 import numpy
 import torch
 
+from . import equal, tiny_models
+
 FILES = Path("/proc/self/fd")
 audited: list[str] = []
 WATCHED = (
@@ -207,22 +209,28 @@ class ProbeShare:
             base = pack("nodes.host_weights").open_base(model, clip, vae)
             parts = base.load()
             host = {
-                w.data_ptr() for m in modules_of(model, clip, vae).values() for w in m.state_dict().values()
+                w.untyped_storage().data_ptr()
+                for m in modules_of(model, clip, vae).values()
+                for w in m.state_dict().values()
             }
+            modules = {"denoiser": parts.denoiser, "vae": parts.vae, **dict(parts.text_encoders.items())}
             loaded = {
                 f"{part}.{k}": w
-                for part in ("denoiser", "vae", "text_encoder")
-                for k, w in getattr(parts, part).state_dict().items()
+                for part, module in modules.items()
+                for k, w in module.state_dict().items()
                 if not k.endswith("position_ids")
             }
             report = {
                 "count": len(loaded),
-                "copied": [k for k, w in loaded.items() if w.data_ptr() not in host],
+                "copied": [k for k, w in loaded.items() if w.untyped_storage().data_ptr() not in host],
                 "inference": [k for k, w in loaded.items() if w.is_inference()],
                 "host_inference": any(w.is_inference() for w in model.model.state_dict().values()),
                 "hash": base.weights_hash,
                 "name": base.name,
-                "tokenizer": str(base.tokenizer_folder),
+                "family": base.family.name,
+                "velocity": base.velocity,
+                "zero_terminal": base.zero_terminal,
+                "tokenizers": {kind: str(folder) for kind, folder in base.tokenizer_folders.items()},
             }
         return {"ui": {"text": [json.dumps(report)]}}
 
@@ -247,15 +255,16 @@ class ProbeForward:
         ours = parts.denoiser(x, t, encoder_hidden_states=cond).sample
         pixels = vae.decode(x[:1])
         decoded = (parts.vae.float().decode(x[:1]).sample / 2 + 0.5).clamp(0, 1).movedim(1, -1)
-        ids = base.family.tokenize(parts, [text], 75)
+        reading = pack("trainer.families.base").Reading()
+        ids = base.family.tokenize(parts, [text], reading)
         tokens = [t[0] for t in clip.tokenize(text)["l"][0]]
-        words = base.family.encode_text(parts_in_float(parts), ids, 1)
+        words = base.family.encode_text(parts_in_float(parts), ids, reading)[0]
         encoded = clip.encode_from_tokens(clip.tokenize(text))
         report = {
             "denoiser": float((host - ours).abs().max() / ours.abs().max()),
             "vae": float((pixels - decoded).abs().max()),
             "text": float((encoded - words).abs().max() / words.abs().max()),
-            "tokens": tokens == ids[0, 0].tolist(),
+            "tokens": tokens == ids[0][0, 0].tolist(),
         }
         return {"ui": {"text": [json.dumps(report)]}}
 
@@ -400,4 +409,6 @@ NODE_CLASS_MAPPINGS = {
     "ProbeMemory": ProbeMemory,
     "ProbeShare": ProbeShare,
     "ProbeOddModel": ProbeOddModel,
+    **equal.NODES,
+    **tiny_models.NODES,
 }

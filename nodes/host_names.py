@@ -1,0 +1,109 @@
+"""What MODEL, CLIP and VAE are made of: which family ComfyUI takes them for, their text encoders, tokenizers.
+
+The trainer tells a family by its weights. Here stands what weights cannot tell, a line a family: which of
+ComfyUI's classes sample it as it is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_base
+import comfy.sd1_clip
+import comfy.supported_models
+
+from ..trainer.errors import LoraGraftError
+
+KL = ("encoder.conv_in.weight", "decoder.conv_in.weight")
+
+
+@dataclass(frozen=True)
+class Known:
+    """A family as ComfyUI's classes have it.
+
+    ``config`` and ``model`` name classes of comfy.supported_models and comfy.model_base, the second exactly:
+    one derived from it takes other inputs. ``texts`` are the text encoders' names on its CLIP, each of which
+    may be missing where ``optional``; ``inputs`` and ``channels`` the denoiser's and the latents' channels;
+    ``vae`` tensors that its VAE has.
+    """
+
+    title: str
+    config: str
+    model: str
+    texts: tuple[str, ...]
+    inputs: int
+    channels: int
+    vae: tuple[str, ...] = KL
+    optional: bool = False
+    flow: bool = True
+
+    def fits(self, model: Any) -> bool:
+        """Say whether a MODEL is of these classes."""
+        config = getattr(comfy.supported_models, self.config, None)
+        inner = getattr(comfy.model_base, self.model, None)
+        if config is None or inner is None:  # a ComfyUI from before this family
+            return False
+        return type(model.model) is inner and isinstance(model.model.model_config, config)
+
+
+WITH_QUANT = (*KL, "post_quant_conv.weight")
+SD15 = Known("SD1.x", "SD15", "BaseModel", ("clip_l",), 4, 4, WITH_QUANT, flow=False)
+KNOWN = (
+    SD15,
+    Known("SD2.x", "SD20", "BaseModel", ("clip_h",), 4, 4, WITH_QUANT, flow=False),
+    Known("SDXL", "SDXL", "SDXL", ("clip_l", "clip_g"), 4, 4, WITH_QUANT, flow=False),
+    Known("SD3", "SD3", "SD3", ("clip_l", "clip_g", "t5xxl"), 16, 16, optional=True),
+    Known("Flux.1", "Flux", "Flux", ("clip_l", "t5xxl"), 16, 16),
+)
+# A text encoder's name begins so -> what the trainer calls its tokenizer.
+TOKENIZERS = {"clip_": "clip", "t5": "t5", "qwen": "qwen", "gemma": "gemma"}
+TOKENIZER_FILES = ("vocab.json", "tokenizer.json", "spiece.model", "tokenizer.model")
+
+
+def family_of(model: Any) -> Known | None:
+    """Return the family that ComfyUI takes a MODEL for; None for one that has no line here."""
+    return next((known for known in KNOWN if known.fits(model)), None)
+
+
+def text_encoders(clip: Any) -> dict[str, Any]:
+    """Return a CLIP's text encoders by their names: clip_l, clip_g, t5xxl, ..."""
+    parts = clip.cond_stage_model.named_children()
+    return {name: part for name, part in parts if isinstance(part, comfy.sd1_clip.SDClipModel)}
+
+
+def token_counter(clip: Any) -> Callable[[str], int] | None:
+    """Return a function that counts a caption's tokens as this CLIP does; None where that is not known.
+
+    With several text encoders it is the first one's, which has the least room for them.
+    """
+    first = next(iter(text_encoders(clip)), "")
+    tokenizer = getattr(getattr(clip.tokenizer, first, None), "tokenizer", None)
+    if not callable(tokenizer):
+        return None
+    marks = len(tokenizer("")["input_ids"])
+    return lambda text: max(0, len(tokenizer(text)["input_ids"]) - marks)
+
+
+def tokenizer_folders(clip: Any) -> dict[str, Path]:
+    """Return the folders that this CLIP's own tokenizers were read from, by the trainer's kinds.
+
+    Raises LG-NODE-008 where one is not known.
+    """
+    found: dict[str, Path] = {}
+    for name in text_encoders(clip):
+        inner = getattr(clip.tokenizer, name, None)
+        folder = Path(str(getattr(getattr(inner, "tokenizer", None), "name_or_path", "")))
+        kind = next((kind for start, kind in TOKENIZERS.items() if name.startswith(start)), None)
+        if kind is None or not any((folder / file).is_file() for file in TOKENIZER_FILES):
+            raise LoraGraftError(
+                "LG-NODE-008",
+                "The CLIP's tokenizer cannot be found.",
+                where=f"CLIP: {name}, {type(inner).__name__}",
+                why="captions must be read with the words that this text encoder knows.",
+                fix="load the CLIP with ComfyUI's own loader",
+            )
+        found.setdefault(kind, folder)
+    return found

@@ -1,0 +1,149 @@
+"""Draw one image twice, by ComfyUI's sampler and by the trainer's own modules, and compare."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+
+
+T5_LENGTHS = {"sd3": 77, "sd35_medium": 77, "flux": 256}  # to which ComfyUI fills captions up
+
+
+def pack(module: str) -> Any:
+    """Import a module of the LoraGraft pack as ComfyUI loaded it."""
+    name = next(n for n in sys.modules if n.endswith("ComfyUI-LoraGraft"))
+    return importlib.import_module(f"{name}.{module}")
+
+
+def encoded(clip: Any, text: str) -> Any:
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+class ProbeEqual:
+    """Give the same noise and sigmas to both, with a LoRA on both, all in float32."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = "probe", "look", True, ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        texts = {name: ("STRING", {"default": ""}) for name in ("text", "negative", "lora_name")}
+        return {
+            "required": {
+                **{name: (name.upper(),) for name in ("model", "clip", "vae")},
+                **texts,
+                "cfg": ("FLOAT", {"default": 4.0}),
+                "steps": ("INT", {"default": 6}),
+            }
+        }
+
+    def look(
+        self,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        text: str,
+        negative: str,
+        lora_name: str,
+        cfg: float,
+        steps: int,
+    ) -> dict[str, Any]:
+        file = Path(folder_paths.get_full_path_or_raise("loras", lora_name))
+        with pack("nodes.host").training_mode(), torch.no_grad():
+            base = pack("nodes.host_weights").open_base(model, clip, vae)
+            height, width = 64, 96
+            parts = base.load()
+            noise = torch.randn(
+                (1, *base.family.latent_shape(parts, height, width)),
+                generator=torch.Generator().manual_seed(5),
+            )
+            sigmas = base.family.objective.sigmas_for(steps, (height, width))
+            if base.zero_terminal:
+                sigmas = (
+                    pack("trainer.families.drawing")
+                    .objective_of(base.family, self.guided(base, negative, cfg))
+                    .sigmas_for(steps, (height, width))
+                )
+                # ComfyUI ends its table at a small signal, so that it stays finite: both begin there
+                sigmas[0] = model.get_model_object("model_sampling").sigma_max
+            plain = self.ours(base, parts, text, negative, cfg, noise, sigmas)
+            self.merge(base, parts, file)
+            ours = self.ours(base, parts, text, negative, cfg, noise, sigmas)
+        tensors = comfy.utils.load_torch_file(str(file), safe_load=True)
+        model, clip = comfy.sd.load_lora_for_models(model, clip, tensors, 1.0, 1.0)
+        latents = comfy.sample.sample_custom(
+            model,
+            noise,
+            cfg,
+            comfy.samplers.sampler_object("euler"),
+            sigmas,
+            encoded(clip, text),
+            encoded(clip, negative),
+            comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(noise), 8),
+        )
+        theirs = vae.decode(latents)
+        report = {
+            "family": base.family.name,
+            "apart": float((ours - theirs).abs().max()),
+            "lora_moves": float((ours - plain).abs().max()),
+            "deviation": float(theirs.std()),
+        }
+        return {"ui": {"text": [json.dumps(report)]}}
+
+    @staticmethod
+    def merge(base: Any, parts: Any, file: Path) -> None:
+        """Add a LoRA to the trainer's modules, in new tensors, by the names of what was trained."""
+        targets = {t.key: t for t in base.family.targets(parts, convolutions=True)}
+        common = pack("trainer.tools.convert").to_common(pack("trainer.tools.lora_file").read_lora(file))
+        for name, module in common.modules.items():
+            layer = parts.part(targets[name].part).get_submodule(targets[name].path)
+            weight = layer.weight.float()
+            layer.weight = torch.nn.Parameter(
+                weight + pack("trainer.tools.deltas").delta(module, weight), requires_grad=False
+            )
+
+    @staticmethod
+    def guided(base: Any, negative: str, cfg: float) -> Any:
+        return pack("trainer.families.drawing").Guided(
+            negative,
+            cfg,
+            guidance=3.5,
+            velocity=bool(base.velocity),
+            zero_terminal_snr=bool(base.zero_terminal),
+        )
+
+    def ours(
+        self,
+        base: Any,
+        parts: Any,
+        text: str,
+        negative: str,
+        cfg: float,
+        noise: torch.Tensor,
+        sigmas: torch.Tensor,
+    ) -> torch.Tensor:
+        """Draw as the command line draws; return pixels (1, H, W, 3) in [0, 1]."""
+        drawing = pack("trainer.families.drawing")
+        reading = pack("trainer.families.base").Reading(t5_length=T5_LENGTHS.get(base.family.name))
+        for module in (parts.denoiser, parts.vae, parts.text_encoders):
+            module.float()
+        guided = self.guided(base, negative, cfg)
+        denoise = drawing.denoiser(base.family, parts, [text], (64, 96), guided, reading)
+        x = drawing.objective_of(base.family, guided).start(noise, sigmas[0])
+        for sigma, following in pairwise(sigmas):
+            x = x + (x - denoise(x, sigma)) / sigma * (following - sigma)
+        pixels = base.family.decode(parts, x)
+        return (pixels / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+
+
+NODES = {"ProbeEqual": ProbeEqual}

@@ -1,0 +1,269 @@
+"""Runs on a base whose objective is a flow, and settings that a base model has no use for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from loragraft.trainer import api
+from loragraft.trainer.adapters.configured import settings_of
+from loragraft.trainer.contradictions.family import OF_FLOW, OF_NOISE, check
+from loragraft.trainer.families.sd15 import SD15
+from loragraft.trainer.inputs import Fed, reading_of
+from loragraft.trainer.inputs.noise import draw_timestep, times_of
+from loragraft.trainer.losses import micro_losses
+from loragraft.trainer.objective import Flow, Objective, Times, generator
+from loragraft.trainer.optim.groups import group_tensors
+from loragraft.trainer.parts import Target
+from loragraft_tests.trainer import runs
+from loragraft_tests.trainer.data_folders import Refusal, golden
+
+GOLDEN = golden("flow")
+
+
+class Straight(SD15):
+    """SD1.x's modules on the straight way of a flow, with a second text encoder that no base has."""
+
+    name = "straight"
+    objective: Objective = Flow()
+    encoders: Mapping[str, str] = {"text_encoder": "clip", "text_encoder_2": "t5"}
+    ignored: Mapping[str, str] = {"clip_skip": "it reads the last layer"}
+    defaults: Mapping[str, Any] = {"timestep_sampling": "shift", "discrete_flow_shift": 3.0}
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def predict(self, *given: Any) -> torch.Tensor:
+        self.seen.append(given)
+        return super().predict(*given)
+
+
+@pytest.fixture
+def straight(training: runs.Training) -> runs.Training:
+    return dataclasses.replace(training, base=dataclasses.replace(training.base, family=Straight()))
+
+
+# ---- the loss ----
+
+
+def loss_of(kind: str, scheme: str, **settings: Any) -> torch.Tensor:
+    """Return each sample's loss of the golden tensors, as a step computes it."""
+    table = GOLDEN["tensors"]
+    x, noise, output = (
+        torch.tensor(table[name]).view(table["shape"]) for name in ("latents", "noise", "output")
+    )
+    t = 1000 * torch.tensor(table["sigmas"])
+    config = api.TrainConfig(model_prediction_type=kind, weighting_scheme=scheme, **settings)
+    found = []
+    for i in range(len(t)):
+        family = SimpleNamespace(objective=Flow(), predict=lambda *given, i=i: output[i : i + 1])
+        inputs: Any = SimpleNamespace(base=SimpleNamespace(family=family), embed=lambda text: text)
+        fed = Fed(x[i : i + 1], noise[i : i + 1], t[i : i + 1], (torch.zeros(1, 1),))
+        found.append(micro_losses(None, inputs, [config], fed.tensors))  # type: ignore[arg-type]
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("case", GOLDEN["losses"], ids=lambda c: "-".join(str(v) for v in c.values())[:60])
+def test_a_steps_loss_is_the_reference_trainers(case: dict[str, Any]) -> None:
+    of_error = {name: case[name] for name in ("loss_type", "huber_schedule") if name in case}
+    got = loss_of(case["model_prediction_type"], case["weighting_scheme"], **of_error)
+    torch.testing.assert_close(got, torch.tensor(case["losses"]), rtol=1e-5, atol=1e-6)
+
+
+def test_auto_compares_velocities() -> None:
+    assert torch.equal(loss_of("auto", "none"), loss_of("raw", "none"))
+
+
+# ---- what is drawn ----
+
+
+def test_timesteps_lie_between_the_limits_and_are_a_function_of_seed_step_and_sample() -> None:
+    config = api.TrainConfig(timestep_sampling="uniform", min_timestep=200, max_timestep=700)
+
+    def drawn(step: int, sample: int, config: api.TrainConfig = config) -> torch.Tensor:
+        return draw_timestep(config, Flow(), (512, 512), step, sample)
+
+    every = torch.cat([drawn(step, sample) for step in range(50) for sample in range(2)])
+    assert every.dtype == torch.float32 and len(set(every.tolist())) == 100
+    assert 200 <= float(every.min()) < 220 and 670 < float(every.max()) < 700
+    u = torch.rand(1, generator=generator(42, 7, 1, "t"))
+    assert torch.equal(drawn(7, 1), 200 + 500 * u)
+    full = dataclasses.replace(config, min_timestep=0, max_timestep=1000)
+    assert torch.equal(drawn(7, 1, full), 1000 * u)
+
+
+def test_the_images_size_moves_flux_shift_alone() -> None:
+    for sampling, moves in {"flux_shift": True, "shift": False}.items():
+        config = api.TrainConfig(timestep_sampling=sampling)
+        small, large = (draw_timestep(config, Flow(), (side, side), 3, 0) for side in (512, 1024))
+        assert (small < large) == moves, sampling
+
+
+def test_settings_are_the_distributions_numbers() -> None:
+    config = api.TrainConfig(
+        timestep_sampling="mode", sigmoid_scale=2.0, logit_mean=0.1, logit_std=0.2, mode_scale=0.3
+    )
+    assert times_of(config) == Times("mode", 2.0, 0.1, 0.2, 0.3, 1.0)
+    assert times_of(api.TrainConfig(discrete_flow_shift=3.0)).shift == 3.0
+    assert times_of(api.TrainConfig()).sampling == "logit_normal"
+
+
+def test_how_captions_are_read() -> None:
+    reading = reading_of(api.TrainConfig(t5xxl_max_token_length=96, apply_t5_attn_mask=True))
+    assert (reading.t5_length, reading.mask_padding) == (96, True)
+    assert (reading_of(api.TrainConfig()).t5_length, reading_of(api.TrainConfig()).mask_padding) == (
+        None,
+        False,
+    )
+
+
+# ---- runs ----
+
+RUN = {"guidance_scale": 2.5, "validation_timesteps": 2, "save_every_n_steps": 2}
+
+
+def test_a_run_on_a_flow_continues_with_the_same_bytes(straight: runs.Training) -> None:
+    whole = straight.finish(**RUN)
+    family: Any = straight.base.family
+    seen = [given for given in family.seen if given[2].dtype == torch.float32]
+    assert len(seen) == len(family.seen), "timesteps of a flow are no whole numbers"
+    assert {given[5] for given in seen if len(given) > 5} == {2.5}, "the guidance reaches the model"
+    other = straight.elsewhere("stopped")
+    other.stop_after(2, **RUN)
+    continued = other.finish(**RUN)
+    assert continued.lora_file.read_bytes() == whole.lora_file.read_bytes()
+
+
+def test_the_base_models_defaults_are_what_is_drawn(straight: runs.Training) -> None:
+    family: Any = straight.base.family
+    straight.finish(max_train_steps=1, network_train_unet_only=True)
+    (t,) = {tuple(given[2].tolist()) for given in family.seen if len(given) > 3}
+    n = torch.cat([torch.randn(1, generator=generator(42, 0, sample, "t")) for sample in range(len(t))])
+    s = torch.sigmoid(n)
+    assert t == pytest.approx((1000 * 3 * s / (1 + 2 * s)).tolist())
+
+
+@pytest.mark.parametrize("settings", [{"min_snr_gamma": 5.0}, {"clip_skip": 2}, {"discrete_flow_shift": -1}])
+def test_nothing_is_begun_with_a_setting_that_cannot_count(
+    straight: runs.Training, settings: dict[str, Any]
+) -> None:
+    if "discrete_flow_shift" in settings:
+        settings = {"logit_mean": 1.0}
+    with Refusal("LG-CFG-004", next(iter(settings))):
+        straight.finish(**settings)
+    assert not straight.places.runs.exists() or not any(straight.places.runs.iterdir())
+
+
+def test_runs_with_another_guidance_do_not_share_a_step(straight: runs.Training) -> None:
+    jobs = [
+        (straight.train_set, runs.settings(output_name=f"run{k}", guidance_scale=float(k))) for k in (1, 2)
+    ]
+    with Refusal("LG-RUN-010", "guidance_scale"):
+        list(api.train_together(straight.base, jobs, places=straight.places, device="cpu"))
+
+
+# ---- what a base model has no use for ----
+
+VALUES: dict[str, Any] = {
+    "min_snr_gamma": 5.0,
+    "timestep_sampling": "uniform",
+    "sigmoid_scale": 2.0,
+    "logit_mean": 0.5,
+    "logit_std": 0.5,
+    "mode_scale": 0.5,
+    "discrete_flow_shift": 3.0,
+    "weighting_scheme": "cosmap",
+    "model_prediction_type": "raw",
+    "guidance_scale": 1.0,
+    "v_pred_like_loss": 0.5,
+}
+PLAIN = api.TrainConfig()
+
+
+@pytest.mark.parametrize("name", OF_NOISE)
+def test_a_schedules_setting_is_refused_on_a_flow(name: str) -> None:
+    config = dataclasses.replace(PLAIN, **{name: VALUES.get(name, True)})
+    with Refusal("LG-CFG-004", name, "straight"):
+        check(config, Straight())
+    check(config, SD15())
+
+
+@pytest.mark.parametrize("name", [*OF_FLOW, "t5xxl_max_token_length", "apply_t5_attn_mask"])
+def test_a_flows_setting_is_refused_on_a_schedule(name: str) -> None:
+    others = {"t5xxl_max_token_length": 128, "apply_t5_attn_mask": True}
+    config = dataclasses.replace(PLAIN, **{name: VALUES.get(name, others.get(name))})
+    with Refusal("LG-CFG-004", name, "sd15"):
+        check(config, SD15())
+    if name not in ("logit_mean", "logit_std", "mode_scale"):
+        check(config, Straight())
+
+
+def test_nothing_is_refused_at_the_defaults() -> None:
+    check(PLAIN, Straight())
+    check(PLAIN, SD15())
+
+
+def test_a_number_is_checked_against_what_auto_stands_for() -> None:
+    with Refusal("LG-CFG-004", "logit_mean", "auto means shift"):
+        check(dataclasses.replace(PLAIN, logit_mean=1.0), Straight())
+    check(dataclasses.replace(PLAIN, sigmoid_scale=2.0), Straight())
+
+
+def test_hubers_threshold_has_no_ratio_to_fall_with() -> None:
+    config = dataclasses.replace(PLAIN, loss_type="huber")
+    with Refusal("LG-CFG-004", "huber_schedule", "exponential"):
+        check(config, Straight())
+    check(dataclasses.replace(config, huber_schedule="exponential"), Straight())
+    check(config, SD15())
+
+
+class Silent(Straight):
+    trains_text = False
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "parts", "says"),
+    [
+        (SD15(), {"text_encoder_2_lr": 1e-4}, None, "1 text encoder"),
+        (Straight(), {"text_encoder_3_lr": 1e-4}, None, "2 text encoders"),
+        (Straight(), {"text_encoder_2_lr": 1e-4}, ("denoiser", "text_encoder"), "no text_encoder_2"),
+        (Silent(), {"text_encoder_lr": 1e-4}, None, "not trained"),
+        (Silent(), {"network_train_text_encoder_only": True}, None, "not trained"),
+    ],
+)
+def test_a_rate_for_an_encoder_that_is_not_trained_is_refused(
+    family: Any, settings: dict[str, Any], parts: Any, says: str
+) -> None:
+    config = dataclasses.replace(PLAIN, **settings)
+    with Refusal("LG-CFG-004", next(iter(settings)), says):
+        check(config, family, parts)
+
+
+def test_further_encoders_have_rates_of_their_own_and_t5_only_by_its_own() -> None:
+    targets = [
+        Target(part, "x", f"lora_{part}", "linear")
+        for part in ("text_encoder", "text_encoder_2", "text_encoder_3", "denoiser")
+    ]
+    kinds = {"text_encoder": "clip", "text_encoder_2": "clip", "text_encoder_3": "t5"}
+
+    def trained(**settings: Any) -> dict[str, float]:
+        config = dataclasses.replace(PLAIN, learning_rate=1e-4, **settings)
+        chosen = settings_of(config, None, None, kinds)
+        kept = [t for t in targets if chosen.rank_of(t) is not None]
+        tensors = [(t, {"lora_up.weight": torch.nn.Parameter(torch.zeros(1))}) for t in kept]
+        return {group.label: group.lr for group in group_tensors(config, tensors, None)}
+
+    assert trained() == dict.fromkeys(("text_encoder", "text_encoder_2", "denoiser"), 1e-4)
+    assert trained(text_encoder_lr=5e-5, text_encoder_2_lr=2e-5, text_encoder_3_lr=1e-5) == {
+        "text_encoder": 5e-5,
+        "text_encoder_2": 2e-5,
+        "text_encoder_3": 1e-5,
+        "denoiser": 1e-4,
+    }
+    assert trained(text_encoder_lr=0.0) == {"denoiser": 1e-4}
+    assert trained(text_encoder_lr=0.0, text_encoder_2_lr=1e-5, unet_lr=0.0) == {"text_encoder_2": 1e-5}

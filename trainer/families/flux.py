@@ -1,0 +1,256 @@
+"""Flux.1 (Black Forest Labs 2024): rectified flow, T5 and CLIP's pooled state, a VAE of 16 channels.
+
+dev is told a guidance scale as an input, schnell is not. Kontext is dev in all that training looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..block_weights import Blocks
+from ..errors import LoraGraftError
+from ..objective import FLUX_MU, Flow, Objective
+from ..parts import DENOISER, Parts, Target
+from . import flux_keys
+from .autoencoder import decoded, load_vae, moments_of, scaled_latents
+from .base import Look, Reading, Tensors, Texts
+from .building import assign, built, unfit
+from .clip_text import clip_tokens, load_clip_text, text_width
+from .flux_blocks import PATCH, FluxTransformer, flux_config
+from .flux_targets import find_flux_targets
+from .ldm_keys import UNET_PREFIX
+from .ldm_vae import vae_from_folder
+from .t5_text import check_t5_tokenizer, encode_t5, load_t5, t5_longest, t5_tokens, t5_weights
+from .weights import joined
+
+TITLE = "Flux.1"
+SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
+CLIP, T5 = "text_encoder", "text_encoder_2"
+DOUBLE, SINGLE = "double_blocks.0.", "single_blocks.0."
+# What Flux.1's transformer has and its descendants have not: modulations of each block, and CLIP's state.
+OWN = tuple(
+    f"{UNET_PREFIX}{name}.weight"
+    for name in ("img_in", "txt_in", "vector_in.in_layer", f"{DOUBLE}img_mod.lin", f"{SINGLE}linear1")
+)
+GUIDANCE = UNET_PREFIX + "guidance_in.in_layer.weight"
+BLOCK_WEIGHTS = "Flux has no down, middle and up blocks; network_reg_lrs sets the rates of single blocks"
+BLOCK_DIMS = "Flux has no down, middle and up blocks; network_reg_dims sets the ranks of single blocks"
+
+
+@dataclass(frozen=True)
+class Version:
+    """One of the released models: how long its captions are, how it is drawn and usually trained."""
+
+    reference: str
+    t5_length: int
+    look: Look
+    objective: Flow
+    ignored: Mapping[str, str]
+    defaults: Mapping[str, Any]
+
+
+SHIFTED = {"timestep_sampling": "shift", "discrete_flow_shift": 3.1582}  # what kohya's documentation advises
+VERSIONS: Mapping[str, Version] = {
+    "flux": Version(
+        "dev", 512, Look(20, 1.0, 3.5), Flow(dynamic=FLUX_MU), {}, {**SHIFTED, "guidance_scale": 1.0}
+    ),
+    "flux_schnell": Version(
+        "schnell",
+        256,
+        Look(4, 1.0),
+        Flow(),
+        {"guidance_scale": "Flux.1 schnell is not told a guidance scale"},
+        SHIFTED,
+    ),
+}
+
+
+class Flux:
+    """The family of one of `VERSIONS`."""
+
+    latent_multiple = 8 * PATCH
+    blocks: Blocks | None = None
+    encoders: Mapping[str, str] = {CLIP: "clip", T5: "t5"}
+    optional: tuple[str, ...] = ()
+    folders: Mapping[str, str] = {DENOISER: "transformer", "vae": "vae", CLIP: CLIP, T5: T5}
+    trains_text = True
+    uses_sizes = False
+
+    def __init__(self, name: str) -> None:
+        version = VERSIONS[name]
+        self.name, self.look, self.t5_length = name, version.look, version.t5_length
+        self.objective: Objective = version.objective
+        self.metadata: Mapping[str, str] = {
+            "ss_base_model_version": "flux1",
+            "ss_model_type": "flux",
+            "modelspec.architecture": f"flux-1-{version.reference}/lora",
+            "modelspec.implementation": "https://github.com/black-forest-labs/flux",
+        }
+        self.ignored: Mapping[str, str] = {
+            "clip_skip": "of CLIP, Flux sees only the pooled state, which is the last layer's",
+            "max_token_length": "of CLIP, Flux sees only the pooled state; t5xxl_max_token_length is T5's",
+            "weighted_captions": "Flux learnt from T5's states as they are",
+            "train_embeddings": "Flux reads captions with T5, which has no words of its own to learn",
+            **dict.fromkeys(("down_lr_weight", "mid_lr_weight", "up_lr_weight"), BLOCK_WEIGHTS),
+            **dict.fromkeys(("block_dims", "block_alphas"), BLOCK_DIMS),
+            **dict.fromkeys(("conv_block_dims", "conv_block_alphas"), "Flux has no convolutions"),
+            **version.ignored,
+        }
+        self.defaults: Mapping[str, Any] = {"text_encoder_lr": 0.0, "sample_cfg": 1.0, **version.defaults}
+
+    def detect(self, weights: Tensors) -> bool:
+        """Say whether single-file weights belong to this version: dev has layers for its guidance scale."""
+        return all(name in weights for name in OWN) and (GUIDANCE in weights) == (self.name == "flux")
+
+    def velocity_of(self, weights: Tensors) -> bool | None:
+        """See `Family`: all of them predict the flow's velocity."""
+        return None
+
+    def zero_terminal_of(self, weights: Tensors) -> bool | None:
+        """See `Family`: a flow's last timestep is noise alone anyway."""
+        return None
+
+    def split(self, weights: Tensors) -> dict[str, Tensors]:
+        """Sort single-file weights into state dicts of the parts' modules (views)."""
+        return {
+            DENOISER: flux_keys.split_denoiser(weights),
+            "vae": flux_keys.split_flux_vae(weights),
+            CLIP: flux_keys.split_clip(weights),
+            T5: t5_weights(flux_keys.below(weights, flux_keys.T5_PREFIX)),
+        }
+
+    def join(self, state_dicts: Mapping[str, Tensors]) -> Tensors:
+        """Return the parts under the names of ComfyUI's checkpoints (views): what `split` takes apart."""
+        return joined(
+            [
+                flux_keys.join_flux_vae(state_dicts["vae"]),
+                flux_keys.above(t5_weights(state_dicts[T5]), flux_keys.T5_PREFIX),
+                flux_keys.above(state_dicts[CLIP], flux_keys.CLIP_PREFIX),
+                flux_keys.join_denoiser(state_dicts[DENOISER]),
+            ]
+        )
+
+    def from_folder(self, state_dicts: Mapping[str, Tensors]) -> dict[str, Tensors]:
+        """Bring a diffusers folder's parts to our names: matrices stacked, two halves swapped (copies)."""
+        return {
+            DENOISER: flux_keys.from_diffusers(state_dicts[DENOISER]),
+            "vae": vae_from_folder(state_dicts["vae"]),
+            CLIP: flux_keys.clip_from_folder(state_dicts[CLIP]),
+            T5: t5_weights(state_dicts[T5]),
+        }
+
+    def load(self, state_dicts: Mapping[str, Tensors], tokenizers: Mapping[str, Any]) -> Parts:
+        """Build the modules on the meta device and assign the given tensors to them, without a copy."""
+        sd = state_dicts[DENOISER]
+        denoiser = built("transformer", TITLE, lambda: _transformer(sd))
+        assign(denoiser, sd, "transformer", TITLE)
+        vae = load_vae(state_dicts["vae"], TITLE, scaling_factor=SCALING_FACTOR, shift_factor=SHIFT_FACTOR)
+        clip = load_clip_text(state_dicts[CLIP], tokenizers[CLIP], TITLE)
+        t5 = load_t5(state_dicts[T5], TITLE)
+        check_t5_tokenizer(tokenizers[T5], t5)
+        for what, encoder_width, seen in (
+            ("CLIP text encoder", text_width(clip), denoiser.pooled),
+            ("T5 text encoder", cast(Any, t5).shared.embedding_dim, denoiser.context),
+        ):
+            if encoder_width != seen:
+                raise unfit(what, TITLE, f"its states are {encoder_width} wide, the transformer reads {seen}")
+        return Parts(denoiser, vae, nn.ModuleDict({CLIP: clip, T5: t5}), tokenizers)
+
+    def latent_shape(self, parts: Parts, height: int, width: int) -> tuple[int, ...]:
+        """Return (16, height / 8, width / 8)."""
+        return (cast(FluxTransformer, parts.denoiser).latent_channels, height // 8, width // 8)
+
+    def encode_images(self, parts: Parts, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encode pixels (B, 3, H, W) in [-1, 1] into mean and std of their latents, float32, unscaled."""
+        return moments_of(parts.vae, pixels)
+
+    def latents(self, moments: Tensors, noise: torch.Tensor) -> torch.Tensor:
+        """Draw scaled latents (B, 16, H/8, W/8) from moments with standard normal ``noise``."""
+        return scaled_latents(moments, noise, SCALING_FACTOR, SHIFT_FACTOR)
+
+    def decode(self, parts: Parts, latents: torch.Tensor) -> torch.Tensor:
+        """Return pixels (B, 3, H, W), about in [-1, 1], float32, for scaled latents."""
+        return decoded(parts.vae, latents, SCALING_FACTOR, SHIFT_FACTOR)
+
+    def tokenize(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Texts:
+        """Return CLIP's token ids (B, 77), T5's (B, L) and their mask (B, L), 0 for padding."""
+        (ids,) = clip_tokens(parts.tokenizers[CLIP], captions, Reading(), {})
+        return ids[:, 0], *t5_tokens(parts.tokenizers[T5], captions, self._length(reading))
+
+    def reading_for(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Reading:
+        """Return the reading with as many of T5's tokens as the longest caption needs; CLIP's is cut."""
+        longest = t5_longest(parts.tokenizers[T5], captions)
+        return replace(reading, t5_length=max(self._length(reading), longest))
+
+    def encode_text(self, parts: Parts, tokens: Texts, reading: Reading) -> Texts:
+        """Return T5's states (B, L, D), CLIP's pooled state (B, P), and the mask (B, L) of hidden padding."""
+        clip_ids, ids, mask = tokens
+        pooled = parts.text_encoders[CLIP](clip_ids).pooler_output
+        if not reading.mask_padding:
+            return encode_t5(parts.text_encoders[T5], ids), pooled
+        return encode_t5(parts.text_encoders[T5], ids, mask), pooled, mask
+
+    def cond_shapes(self, parts: Parts, reading: Reading) -> list[tuple[int, ...]]:
+        """Return [(L, D), (P,)], and (L,) where padding is hidden."""
+        length, denoiser = self._length(reading), cast(FluxTransformer, parts.denoiser)
+        shapes: list[tuple[int, ...]] = [(length, denoiser.context), (text_width(parts.text_encoder),)]
+        return [*shapes, (length,)] if reading.mask_padding else shapes
+
+    def word_rows(self, parts: Parts, text: str) -> torch.Tensor:
+        """Refuse: see ``ignored``."""
+        raise NotImplementedError("train_embeddings")
+
+    def add_words(self, parts: Parts, vectors: Mapping[str, nn.Parameter]) -> None:
+        """Refuse: see ``ignored``."""
+        raise NotImplementedError("train_embeddings")
+
+    def predict(
+        self,
+        parts: Parts,
+        noisy: torch.Tensor,
+        t: torch.Tensor,
+        cond: Texts,
+        sizes: torch.Tensor | None = None,
+        guidance: float | None = None,
+    ) -> torch.Tensor:
+        """Return the velocity, noise minus image, for noisy latents at timesteps t (B,) in [0, 1000]."""
+        hidden, pooled, *mask = cond
+        scale = self.look.guidance if guidance is None else guidance
+        out: torch.Tensor = parts.denoiser(
+            noisy.to(parts.dtype),
+            t.float(),
+            hidden.to(parts.dtype),
+            pooled.to(parts.dtype),
+            scale or 0.0,
+            mask[0] != 0 if mask else None,
+        )
+        return out
+
+    def targets(
+        self, parts: Parts, *, convolutions: bool, preset: str = "", norms: bool = False
+    ) -> list[Target]:
+        """List the modules that kohya's trainer trains, or those of a preset; see `find_flux_targets`."""
+        return find_flux_targets(parts, convolutions=convolutions, preset=preset, norms=norms)
+
+    def _length(self, reading: Reading) -> int:
+        return reading.t5_length or self.t5_length
+
+
+def _transformer(sd: Tensors) -> FluxTransformer:
+    """Build a transformer for these weights; raises LG-BASE-004 for one that sees more than noisy latents."""
+    config = flux_config(sd)
+    channels = sd["final_layer.linear.weight"].shape[0]
+    if config["channels"] != channels:
+        raise LoraGraftError(
+            "LG-BASE-004",
+            "This base model is a Flux.1 for filling in or for control images, which is not supported.",
+            where=f"transformer: {config['channels']} input channels, {channels} output channels",
+            why="it sees a second picture beside the noisy one, which a text-to-image run does not have.",
+            fix="load Flux.1 dev, Krea, Kontext or schnell",
+        )
+    return FluxTransformer(**config)

@@ -1,0 +1,32 @@
+"""Settings left open, as the base model has them: what "auto" or an empty value means for its family."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .config import TrainConfig
+from .families.opening import Base
+
+OPEN = (None, "auto")
+
+
+def for_base(config: TrainConfig, base: Base) -> tuple[TrainConfig, list[str]]:
+    """Return the settings with every open one decided, and a line for the log on each.
+
+    A base that says of itself that it predicts velocity, or was trained to a last timestep of noise alone, is
+    trained so.
+    """
+    usual = base.family.defaults
+    decided: dict[str, Any] = {name: usual[name] for name in usual if getattr(config, name) in OPEN}
+    lines = [f"{name} is {_told(value)}, as is usual for {base.family.name}" for name, value in decided.items()]
+    told = {"v_parameterization": base.velocity, "zero_terminal_snr": base.zero_terminal}
+    for name, is_on in told.items():
+        if is_on and not getattr(config, name):
+            decided[name] = True
+            lines.append(f"{name} is on: the base model says so of itself")
+    return dataclasses.replace(config, **decided), lines
+
+
+def _told(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
