@@ -12,15 +12,26 @@ from .host_names import KNOWN, SD15, Known, family_of, text_encoders
 
 def check_base(model: Any, clip: Any, vae: Any) -> Known:
     """Return the family of a base that can be trained; raise LG-NODE-001 to -003 for any other."""
-    _check_present(model, clip, vae)
+    check_present(model, clip, vae)
     _check_patches(model, "MODEL")
     known = _check_model(model)
     _check_patches(clip.patcher, "CLIP")
     _check_clip(clip, known)
     _check_vae(vae, known)
+    _take_all_patches_off(model, clip, vae)
+    return known
+
+
+def check_plain(model: Any, clip: Any, vae: Any) -> None:
+    """Raise LG-NODE-002 where a MODEL or CLIP carries patches, and make all hold their plain weights."""
+    _check_patches(model, "MODEL")
+    _check_patches(clip.patcher, "CLIP")
+    _take_all_patches_off(model, clip, vae)
+
+
+def _take_all_patches_off(model: Any, clip: Any, vae: Any) -> None:
     for socket, patcher in (("MODEL", model), ("CLIP", clip.patcher), ("VAE", vae.patcher)):
         _take_patches_off(patcher, socket)
-    return known
 
 
 def check_clip_skip(model: Any, clip: Any, clip_skip: int) -> None:
@@ -46,7 +57,8 @@ def check_clip_skip(model: Any, clip: Any, clip_skip: int) -> None:
         )
 
 
-def _check_present(model: Any, clip: Any, vae: Any) -> None:
+def check_present(model: Any, clip: Any, vae: Any) -> None:
+    """Raise LG-NODE-001 where one of them is missing."""
     missing = [name for name, value in (("MODEL", model), ("CLIP", clip), ("VAE", vae)) if value is None]
     if vae is not None and getattr(vae, "first_stage_model", None) is None:
         missing.append("VAE")

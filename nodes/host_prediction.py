@@ -36,8 +36,10 @@ def check_prediction(model: Any, v_parameterization: bool, zero_terminal_snr: bo
     A flow has one prediction, and ModelSampling nodes only shift the levels that it is sampled at.
     """
     known = family_of(model)
+    if known is None:  # it is trained as it is sampled, by ComfyUI itself
+        return
     sampling = model.get_model_object("model_sampling")
-    if known is not None and known.flow:
+    if known.flow:
         unfit = {} if _kind(sampling) is comfy.model_sampling.CONST else {"its sampling": None}
     else:
         is_v, is_zero = prediction(model)

@@ -153,4 +153,5 @@ def draw(
 
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Decode latents into images (batch, height, width, 3) in [0, 1], as VAEDecode does."""
-    return vae.decode(latents)
+    images: torch.Tensor = vae.decode(latents)
+    return images.flatten(0, 1) if images.ndim == 5 else images  # of a video, its frames

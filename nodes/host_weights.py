@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from ..trainer import api
-from ..trainer.errors import LoraGraftError
-from .host_checks import check_base
-from .host_names import SD15, Known, text_encoders, tokenizer_folders
+from ..trainer.engine.packed_tensor import PackedTensor
+from .host_checks import check_base, check_present
+from .host_names import SD15, Known, family_of, text_encoders, tokenizer_folders
+from .host_packed import shared, stored
 from .host_prediction import prediction
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # What ComfyUI's text encoders hold beside the weights of a checkpoint. It fills in a projection where the
 # file has none, and uses that of one encoder alone.
 NOT_STORED = ("logit_scale", "position_ids")
@@ -31,8 +31,14 @@ PROJECTION, PROJECTED = "text_projection.weight", ("clip_g",)
 def open_base(model: Any, clip: Any, vae: Any) -> api.Base:
     """Open the base that MODEL, CLIP and VAE make, on their own storage; its hash is remembered.
 
-    Raises LG-NODE-001 to -008 for a base that cannot be trained.
+    A MODEL of none of the trainer's families is trained through ComfyUI itself. Raises LG-NODE errors for
+    a base that cannot be trained.
     """
+    check_present(model, clip, vae)
+    if family_of(model) is None:
+        from .host_any import open_any
+
+        return open_any(model, clip, vae)
     known = check_base(model, clip, vae)
     weights = dict(shared_weights(model, clip, vae, known))
     encoders = [encoder.transformer for encoder in text_encoders(clip).values()]
@@ -42,7 +48,7 @@ def open_base(model: Any, clip: Any, vae: Any) -> api.Base:
         weights,
         name=base_name(model),
         tokenizers=tokenizer_folders(clip),
-        weights_hash=_hashes.find(modules, weights),
+        weights_hash=hashes.find(modules, weights, lambda: api.hash_weights(weights)),
         velocity=velocity,
         zero_terminal=zero_terminal,
     )
@@ -56,34 +62,9 @@ def shared_weights(model: Any, clip: Any, vae: Any, known: Known) -> Iterator[tu
         parts.append(("CLIP", f"{prefix}transformer.", encoder.transformer, name in PROJECTED))
     parts.append(("VAE", "first_stage_model.", vae.first_stage_model, True))
     for socket, prefix, module, projected in parts:
-        for name, weight in module.state_dict().items():
+        for name, weight in stored(module):
             if not name.endswith(NOT_STORED) and (projected or name != PROJECTION):
                 yield prefix + name, shared(weight, socket, name)
-
-
-def shared(weight: torch.Tensor, socket: str, name: str) -> torch.Tensor:
-    """Return a normal tensor on the storage of ``weight``; refuse what is no plain floating-point weight."""
-    if type(weight) not in (torch.Tensor, nn.Parameter) or weight.dtype not in FLOATS:
-        kind = str(weight.dtype).removeprefix("torch.")
-        raise LoraGraftError(
-            "LG-NODE-004",
-            f"The {socket} is quantised ({type(weight).__name__}, {kind}).",
-            where=f"{socket}: {name}",
-            why="a quantised (fp8, GGUF, int8, fp4) base cannot be trained on in this release.",
-            fix="load the fp16, bf16 or fp32 version of this checkpoint with the ordinary loader",
-        )
-    if weight.device.type == "meta":
-        raise LoraGraftError(
-            "LG-NODE-005",
-            f"The {socket} lacks weights.",
-            where=f"{socket}: {name}",
-            why="its loader left them out, or another extension keeps them elsewhere.",
-            fix="load a complete checkpoint with ComfyUI's own loader",
-        )
-    with torch.inference_mode(False):
-        # An inference tensor cannot be saved for backward; a new tensor on the same storage can.
-        view = torch.empty(0, dtype=weight.dtype, device=weight.device)
-        return view.set_(weight.untyped_storage(), weight.storage_offset(), weight.size(), weight.stride())
 
 
 def base_name(model: Any) -> str:
@@ -103,21 +84,23 @@ class _Hashes:
             weakref.WeakKeyDictionary()
         )
 
-    def find(self, modules: Sequence[nn.Module], weights: dict[str, torch.Tensor]) -> str:
-        """Return the hash of ``weights``, computed once for the same modules with the same values."""
+    def find(
+        self, modules: Sequence[nn.Module], weights: dict[str, torch.Tensor], computed: Callable[[], str]
+    ) -> str:
+        """Return the hash of ``weights``, ``computed`` once for the same modules with the same values."""
         first, *others = modules
         entries = self._known.setdefault(first, [])
         probe = _probe(weights)
         for known, known_probe, known_hash in entries:
             if known_probe == probe and _same(known, others):
                 return known_hash
-        value = api.hash_weights(weights)
+        value = computed()
         entries[:] = [e for e in entries if all(module() is not None for module in e[0])]
         entries.append((tuple(weakref.ref(module) for module in others), probe, value))
         return value
 
 
-_hashes = _Hashes()
+hashes = _Hashes()
 
 
 def _same(known: Sequence[Any], modules: Sequence[nn.Module]) -> bool:
@@ -127,8 +110,13 @@ def _same(known: Sequence[Any], modules: Sequence[nn.Module]) -> bool:
 def _probe(weights: dict[str, torch.Tensor]) -> str:
     """Hash a few values of every weight, in milliseconds: a change made in place is noticed."""
     digest = hashlib.sha256()
-    pieces = [w.reshape(-1)[:: max(1, w.numel() // 16)][:16].float().flatten() for w in weights.values()]
+    held = [tensor for weight in weights.values() for tensor in _held(weight)]
+    pieces = [w.reshape(-1)[:: max(1, w.numel() // 16)][:16].float().flatten() for w in held]
     for device in {p.device for p in pieces}:
         digest.update(torch.cat([p for p in pieces if p.device == device]).cpu().numpy().tobytes())
     digest.update(repr([(k, tuple(w.shape), str(w.dtype)) for k, w in weights.items()]).encode())
     return digest.hexdigest()
+
+
+def _held(weight: torch.Tensor) -> list[torch.Tensor]:
+    return list(weight.packed.buffers()) if isinstance(weight, PackedTensor) else [weight]

@@ -209,6 +209,7 @@ def _train(
     from ..trainer.progress import Pace
     from . import host, host_weights
     from .host_checks import check_clip_skip
+    from .host_family import differentiable
     from .host_prediction import check_prediction
     from .workflow import portable
 
@@ -221,8 +222,9 @@ def _train(
             check_clip_skip(model, clip, each.clip_skip)
             check_prediction(model, each.v_parameterization, each.zero_terminal_snr)
         host.free_memory()
+        base = host_weights.open_base(model, clip, vae)
         run = api.train_together(
-            host_weights.open_base(model, clip, vae),
+            base,
             jobs,
             places=host.places(),
             device=host.device(),
@@ -230,7 +232,7 @@ def _train(
             fresh=fresh,
         )
         # Cancel is a BaseException and comes from host.*; closing the run saves the last finished step.
-        with closing(run):
+        with differentiable(base.family), closing(run):
             for number, event in run:
                 live.take(event, number)
                 pace.take(number, event)

@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "nodes.host_taggers",
         "nodes.host_weights",
     ),
-    ("nodes.host_checks", "nodes.host_prediction"),
+    ("nodes.host_checks", "nodes.host_packed", "nodes.host_prediction"),
     ("nodes.host_names",),
     ("trainer.__main__", "trainer.demo.run", "trainer.launch"),
     ("trainer.commands",),

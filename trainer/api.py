@@ -53,15 +53,18 @@ from .draw import Settings as DrawSettings
 from .errors import LoraGraftError
 from .events import Cached, Event, Failed, Finished, Note, Planned, Sampled, Saved, Step, Validated
 from .families import FAMILIES, opening
-from .families.opening import Base, hash_weights
+from .families.base import Look
+from .families.opening import Base, hash_parts, hash_weights
 from .families.tokenizers import find_tokenizer, load_tokenizer
 from .imports.files import read_foreign
 from .imports.imported import Imported
 from .imports.kohya import read_kohya
 from .loop import Places
+from .objective import Flow, NoiseSchedule
 from .optim.curve import block_bars
 from .optim.curve import curve as learning_rate_curve
 from .optim.find import available as available_optimizers
+from .parts import Parts, Target
 from .paths import resolve, safe_name
 from .plan import plan_run
 from .presets import Preset, preset, presets
@@ -114,17 +117,21 @@ __all__ = [
     "Failed",
     "Finished",
     "FAMILIES",
+    "Flow",
     "FrameSettings",
     "Imported",
     "KNOWN_TAGGERS",
+    "Look",
     "LoraCheck",
     "LoraGraftError",
     "METADATA_FIELDS",
     "MergeSettings",
     "NAMINGS",
+    "NoiseSchedule",
     "Note",
     "Output",
     "PRECISIONS",
+    "Parts",
     "Places",
     "Planned",
     "Preset",
@@ -140,6 +147,7 @@ __all__ = [
     "Step",
     "TagSettings",
     "TaggerFiles",
+    "Target",
     "TrainConfig",
     "TrainSet",
     "Upscaler",
@@ -190,6 +198,7 @@ __all__ = [
     "from_pictures",
     "grid",
     "hand_edits",
+    "hash_parts",
     "hash_weights",
     "info_of",
     "known_word",
@@ -252,7 +261,7 @@ DEMO = Path(__file__).parent / "demo"
 def open_base(
     path: Path | str,
     *,
-    tokenizer: Path | str | None = None,
+    tokenizer: Path | str | Sequence[Path | str] | None = None,
     name: str | None = None,
     allow_download: bool = False,
     vae: Path | str | None = None,
@@ -261,11 +270,12 @@ def open_base(
     """Open a base model from a .safetensors or .gguf file or a diffusers folder.
 
     ``vae`` and ``text_encoders`` are files beside a denoiser's, or in place of a checkpoint's own; which
-    text encoder one is, its content tells. ``tokenizer`` is the first text encoder's folder; without it
-    tokenizers are looked for in a ComfyUI and in the Hugging Face cache, and on the hub only if
+    text encoder one is, its content tells. ``tokenizer`` are the folders of one or several tokenizers, known
+    by their files; others are looked for in a ComfyUI and in the Hugging Face cache, and on the hub only if
     ``allow_download``. Raises LG-BASE errors.
     """
-    path, folder = Path(path), Path(tokenizer) if tokenizer else None
+    given = [tokenizer] if isinstance(tokenizer, str | Path) else tokenizer or ()
+    path, folder = Path(path), [Path(each) for each in given]
     if not path.is_dir():
         own_vae, texts = Path(vae) if vae else None, [Path(text) for text in text_encoders]
         return opening.open_file(
@@ -299,8 +309,8 @@ def open_base_from_weights(
     """Open a base model from tensors under single-file names: shared, never written to.
 
     ``tokenizers`` are folders by kind, such as "clip" and "t5". ``weights_hash`` is ``hash_weights(weights)``
-    if the caller remembers it. ``velocity`` says whether the base predicts velocity, ``zero_terminal`` whether
-    its last timestep is noise alone, None where that is not known. Raises LG-BASE errors.
+    if the caller remembers it. ``velocity`` says whether the base predicts velocity, ``zero_terminal``
+    whether its last timestep is noise alone, None where that is not known. Raises LG-BASE errors.
     """
     folders = {kind: find_tokenizer(Path(folder), kind=kind) for kind, folder in tokenizers.items()}
     return opening.open_weights(

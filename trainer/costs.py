@@ -20,10 +20,11 @@ from .engine.predictor import ENCODING, SAMPLING, Case, Costs, Footprints, Size,
 from .engine.steps import Eager, Fused, Rows, Tensors
 from .engine.swap import frozen
 from .inputs import Fed, reading_of
-from .objective import NoiseSchedule
 from .losses import micro_losses
+from .objective import NoiseSchedule
 from .optim.build import state_bytes
 from .run import Run
+
 
 class Largest:
     """The largest pass that runs make through their base: all together, in eager steps one after the other.

@@ -19,6 +19,7 @@ from .config import DatasetConfig, TrainConfig, as_dict, denoiser_lr, encoder_lr
 from .data.records import Record
 from .data.train_set import TrainSet, training_samples
 from .families.opening import Base
+from .objective import Flow
 
 # Settings that change neither the LoRA's tensors nor their order of making.
 NOT_IN_HASH = (
@@ -60,6 +61,12 @@ NOT_IN_HASH = (
     "save_as",
 )
 
+
+# Settings of a flow that the reference trainer's files tell, and its name of T5's mask.
+OF_FLOW = (
+    *("timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "weighting_scheme", "logit_mean"),
+    *("logit_std", "mode_scale", "model_prediction_type", "guidance_scale", "apply_t5_attn_mask"),
+)
 
 # Settings at their defaults are left out, so that a new setting leaves runs that were begun before it as they
 # are. Where a default, or what a setting means, changes, this number has to.
@@ -156,6 +163,8 @@ def build(
         "loragraft_run": run,
         "loragraft_base": base.weights_hash,
     }
+    if isinstance(base.family.objective, Flow):
+        values |= {f"ss_{name}": getattr(config, name) for name in OF_FLOW}
     if arguments := network_args(config):
         values["ss_network_args"] = compact(arguments)
     texts = {k: _text(v) for k, v in values.items()}

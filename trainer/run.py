@@ -248,7 +248,10 @@ def open_runs(jobs: Sequence[Job], cache: Path, before: Mapping[str, Any]) -> li
                 scaler,
                 engine,
                 attention.name,
-                [*lines, *job.usual, *lines_of, why, *said, *advised, *job.world.lines(job.config.train_batch_size)],
+                [
+                    *(*lines, *job.usual, *lines_of, why, *said, *advised),
+                    *job.world.lines(job.config.train_batch_size),
+                ],
                 job.folder,
                 job.run_id,
                 world=job.world,
@@ -272,7 +275,8 @@ def _load(jobs: Sequence[Job], settings: Sequence[NetworkSettings]) -> tuple[Par
         if data is not None
     )
     parts = base.load()
-    lines = place(
+    lines = list(base.notes)
+    lines += place(
         parts,
         precision,
         owned=base.owned,

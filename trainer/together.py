@@ -212,7 +212,9 @@ def _job(
     folder = RunFolder(places.runs / f"{safe_name(config.output_name, what='output_name')}-{run_id[:8]}")
     if folder.path.exists():
         hint = ""  # it was begun before
-    return Job(base, train_set, config, plan, precision, run_id, words, folder, kin, origin, hint, world, usual)
+    return Job(
+        base, train_set, config, plan, precision, run_id, words, folder, kin, origin, hint, world, usual
+    )
 
 
 def _check_validation(train_set: TrainSet, config: TrainConfig) -> None:

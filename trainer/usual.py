@@ -9,6 +9,7 @@ from .config import TrainConfig
 from .families.opening import Base
 
 OPEN = (None, "auto")
+NO_TEXT: dict[str, Any] = {"text_encoder_lr": 0.0}  # where a family's text encoders stay as they are
 
 
 def for_base(config: TrainConfig, base: Base) -> tuple[TrainConfig, list[str]]:
@@ -17,9 +18,10 @@ def for_base(config: TrainConfig, base: Base) -> tuple[TrainConfig, list[str]]:
     A base that says of itself that it predicts velocity, or was trained to a last timestep of noise alone, is
     trained so.
     """
-    usual = base.family.defaults
+    family = base.family
+    usual = {**({} if family.trains_text else NO_TEXT), **family.defaults}
     decided: dict[str, Any] = {name: usual[name] for name in usual if getattr(config, name) in OPEN}
-    lines = [f"{name} is {_told(value)}, as is usual for {base.family.name}" for name, value in decided.items()]
+    lines = [f"{name} is {_told(value)}, as is usual for {family.name}" for name, value in decided.items()]
     told = {"v_parameterization": base.velocity, "zero_terminal_snr": base.zero_terminal}
     for name, is_on in told.items():
         if is_on and not getattr(config, name):

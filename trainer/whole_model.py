@@ -20,6 +20,7 @@ from .errors import LoraGraftError
 from .families.base import Tensors
 from .families.ldm_keys import VAE_PREFIX
 from .families.opening import Base
+from .families.weights import joined
 from .metadata import with_workflow
 from .publish import SUFFIX, checkpoint_name, sweep
 from .tools.bake import merged
@@ -27,6 +28,7 @@ from .tools.lora_file import parse
 from .tools.stream import write_stream
 
 ARCHITECTURE = "modelspec.architecture"
+MARKS = {"v_parameterization": "v_pred", "zero_terminal_snr": "ztsnr"}  # empty tensors, as ComfyUI reads them
 CHANGES = "loragraft_changes_hash"  # of the LoRA that is in it: with the base's hash it tells the content
 OF_LORAS = "ss_network_"  # what such keys say is a LoRA's; loragraft_settings tells how it was trained
 
@@ -69,7 +71,7 @@ def write_model(
     if file.exists() and {**read_metadata(file), "workflow": ""} == {**told, "workflow": ""}:
         return file
     lora = parse(tensors, name=checkpoint.lora_file.name)
-    forms, made = merged(base.family.join(base.state_dicts), [(lora, 1.0)], base.name, dtype_of(config))
+    forms, made = merged(_weights(base, config), [(lora, 1.0)], base.name, dtype_of(config))
     write_stream(file, forms, made, with_workflow(told, workflow))
     return file
 
@@ -82,9 +84,15 @@ def dtype_of(config: TrainConfig) -> Callable[[str, torch.dtype], torch.dtype]:
 
 def model_bytes(base: Base, config: TrainConfig) -> int:
     """Return how large the file will be, but for its header."""
-    weights: Tensors = base.family.join(base.state_dicts)
+    weights = _weights(base, config)
     form = dtype_of(config)
     return sum(form(n, weights[n].dtype).itemsize * math.prod(weights[n].shape) for n in weights)
+
+
+def _weights(base: Base, config: TrainConfig) -> Tensors:
+    """Return the base's weights under single-file names, with what tells loaders how it was trained."""
+    marks = {mark: torch.empty(0) for name, mark in MARKS.items() if getattr(config, name)}
+    return joined([base.family.join(base.state_dicts), marks])
 
 
 def _of_model(texts: Mapping[str, str]) -> dict[str, str]:

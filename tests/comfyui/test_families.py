@@ -26,7 +26,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sd35": ("sd35_medium", {}),
     "sd35_clips": ("sd35_medium", {}),
     "flux": ("flux", {}),
-    "flux_schnell": ("flux", {}),
+    "flux_fp8": ("flux", {}),
+    "flux_schnell": ("flux_schnell", {}),
 }
 MAIN = ("sd2", "sdxl", "sd35", "flux")
 PREDICTIONS = {
@@ -82,7 +83,9 @@ def test_the_weights_are_shared_and_known_by_a_file_of_them(server: Comfy, famil
     assert report["family"] == FAMILIES[family][0]
     assert report["host_inference"], "the host's weights are inference tensors, or this test shows nothing"
     assert report["count"] > 100
-    assert report["copied"] == [] and report["inference"] == []
+    # Vectors of an fp8 model are unpacked once: they are small.
+    copied = report["copied_matrices" if family == "flux_fp8" else "copied"]
+    assert copied == [] and report["inference"] == []
     assert (report["velocity"], report["zero_terminal"]) == PREDICTIONS.get(family, (None, None))
     file = server.base / "models/checkpoints" / f"tiny_{family}.safetensors"
     base = api.open_base(file)
@@ -123,7 +126,7 @@ def test_a_run_leaves_a_file_that_fits_whole(server: Comfy, trained: tuple[str, 
     # What is behind the last layer that captions are read from is trained by nothing.
     behind = "lora_te1_text_model_encoder_layers_2_" if family == "sdxl" else None
     assert all(behind and k.startswith(behind) for k in still), still
-    assert len(tensors) > 100
+    assert len(tensors) > 70
     assert "not loaded" not in log.lower()
 
 

@@ -48,7 +48,9 @@ def ask(
     if (lacking := cannot_run()) is not None:
         pytest.skip(lacking)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().clone().contiguous() for k, v in weights.items()}, folder / "weights.safetensors")
+    save_file(
+        {k: v.detach().clone().contiguous() for k, v in weights.items()}, folder / "weights.safetensors"
+    )
     save_file({k: v.contiguous() for k, v in inputs.items()}, folder / "inputs.safetensors")
     if lora is not None:
         (folder / "lora.safetensors").write_bytes(lora.read_bytes())

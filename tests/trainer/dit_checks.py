@@ -26,6 +26,12 @@ def below(weights: Mapping[str, torch.Tensor], prefix: str = PREFIX) -> dict[str
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
+def check_near(ours: torch.Tensor, theirs: torch.Tensor, limit: float = 2e-6) -> None:
+    """Hold that two results differ by rounding alone: by ``limit`` of their size."""
+    assert theirs.std() > 0.1
+    assert (ours - theirs).norm() / theirs.norm() < limit
+
+
 def with_lora(base: api.Base, parts: Parts, rank: int = 4) -> Adapter:
     """Put a LoRA whose up tensors are not zero on everything that the family trains."""
     targets = base.family.targets(parts, convolutions=False)
@@ -36,7 +42,9 @@ def with_lora(base: api.Base, parts: Parts, rank: int = 4) -> Adapter:
     return adapter
 
 
-def conditioning(base: api.Base, parts: Parts, captions: Sequence[str], reading: Reading | None = None) -> Texts:
+def conditioning(
+    base: api.Base, parts: Parts, captions: Sequence[str], reading: Reading | None = None
+) -> Texts:
     """Return captions as the denoiser sees them."""
     reading = reading or Reading()
     with torch.no_grad():

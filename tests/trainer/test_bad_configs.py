@@ -33,7 +33,11 @@ KOHYA: dict[str, tuple[str, str, str]] = {
     "network_args without =": ('network_args = ["conv_dim"]', "LG-CFG-003", "conv_dim=4"),
     "network_args twice": ('network_args = ["conv_dim=4", "conv_dim=8"]', "LG-CFG-003", "conv_dim once"),
     "unknown module": ('network_module = "networks.lola"', "LG-IMP-002", "networks.lora"),
-    "module of another family": ('network_module = "networks.lora_flux"', "LG-IMP-002", "SD 1.5"),
+    "module of another family": (
+        'network_module = "networks.lora_lumina"',
+        "LG-IMP-002",
+        "networks.lora",
+    ),
     # kinds and ranges
     "rate as words": ('learning_rate = "fast"', "LG-CFG-003", "learning_rate = 1e-4"),
     "switch as words": ('shuffle_caption = "yes"', "LG-CFG-003", "shuffle_caption = true"),
@@ -167,14 +171,13 @@ KOHYA: dict[str, tuple[str, str, str]] = {
         "warmup",
     ),
     # what cannot be honoured
-    "SD 2": ("v2 = true", "LG-IMP-002", "SD 1.5"),
     "random crop": ("random_crop = true", "LG-IMP-002", "crop beforehand"),
     "colours": ("color_aug = true", "LG-IMP-002", "flip_aug"),
-    "an argument of Flux": ('timestep_sampling = "shift"', "LG-IMP-002", "SD 1.5"),
+    "arguments of two scripts": ('ae = "a"\ntraining_shift = 2.0', "LG-IMP-002", "training_shift"),
     "a pickle as product": ('save_model_as = "ckpt"', "LG-IMP-002", "safetensors"),
     "upload": ('huggingface_repo_id = "me/x"', "LG-IMP-002", "upload the file yourself"),
     "wandb": ('log_with = "wandb"', "LG-IMP-002", "tensorboard"),
-    "two text encoder rates": ("text_encoder_lr = [1e-4, 5e-5]", "LG-IMP-002", "one rate"),
+    "three text encoder rates": ("text_encoder_lr = [1e-4, 5e-5, 1e-5]", "LG-IMP-002", "2 rates"),
     "deepspeed": ("deepspeed = true", "LG-IMP-002", "memory=auto"),
     "no metadata": ("no_metadata = true", "LG-IMP-002", "remove"),
     "a saved state": ('resume = "out/state"', "LG-IMP-002", "network_weights"),
@@ -185,9 +188,9 @@ KOHYA: dict[str, tuple[str, str, str]] = {
 LINES: dict[str, tuple[str, str, str]] = {
     "S0: block weights under Flux": (
         "accelerate launch flux_train_network.py --learning_rate 1.6e-3 --network_dim 16 --network_alpha 1 "
-        "--network_args 'conv_dim=16' 'conv_alphas=1' 'block_lr_zero_threshold=0.1' 'down_lr_weight=sine-.5'",
-        "LG-IMP-003",
-        "train_network.py",
+        "--network_args 'conv_dim=16' 'block_lr_zero_threshold=0.1' 'down_lr_weight=sine-.5'",
+        "LG-IMP-002",
+        "remove down_lr_weight",
     ),
     "S0: the same line for SD 1.5": (
         "accelerate launch train_network.py --learning_rate 1.6e-3 --network_dim 16 --network_alpha 1 "
@@ -213,7 +216,7 @@ SCRIPTS: dict[str, tuple[str, str, str]] = {
     "lycoris_algo": ('lycoris_algo = "lokr"', "LG-IMP-002", "algo="),
     "network_args_custom": ('network_args_custom = ["a=1"]', "LG-IMP-002", "network_args"),
     "enable_preview": ("enable_preview = true", "LG-IMP-002", "sample_prompts"),
-    "another training type": ('model_train_type = "flux-lora"', "LG-IMP-002", "train_network.py"),
+    "another training type": ('model_train_type = "sdxl-finetune"', "LG-IMP-002", "LoRA"),
     "stop_text_encoder_training": ("stop_text_encoder_training = 100", "LG-IMP-002", "remove it"),
     "contrastive training": ("enable_contrastive = true", "LG-IMP-002", "remove"),
 }

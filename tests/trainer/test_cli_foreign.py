@@ -193,9 +193,9 @@ def test_a_recipe_fills_the_settings_and_flags_win(capsys: pytest.CaptureFixture
 
 def test_refusals(places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "kohya.toml"
-    file.write_text(KOHYA.format(**places) + "v2 = true\nvae = 'x'\n", encoding="utf-8")
+    file.write_text(KOHYA.format(**places) + "random_crop = true\nresume = 'x'\n", encoding="utf-8")
     said = refused(capsys, "--config_file", str(file))
-    assert "LG-IMP-002" in said and "v2 True" in said and "vae x" in said
+    assert "LG-IMP-002" in said and "random_crop True" in said and "resume x" in said
     assert not (tmp_path / "out").exists()
     for flags in (["--recipe", "style"], ["--config", str(file)], ["train.a=1"]):
         assert "LG-CLI-004" in refused(capsys, "--config_file", str(file), *flags)

@@ -8,10 +8,15 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from loragraft.trainer.engine import checkpointing
+from loragraft.trainer.engine.frozen import freeze
+from loragraft.trainer.engine.precision import KEPT_WHOLE
+from loragraft.trainer.engine.swap import Swap
 from loragraft.trainer.errors import LoraGraftError
-from loragraft.trainer.families import FAMILIES, detect, flux_keys
+from loragraft.trainer.families import FAMILIES, detect, flux_keys, opening
 from loragraft.trainer.families.base import Reading
 from loragraft.trainer.families.flux_blocks import FluxTransformer
 from loragraft.trainer.families.flux_targets import find_flux_targets
@@ -291,15 +296,13 @@ def full_size() -> Parts:
 
 
 def test_modules_are_the_reference_trainers_in_its_order() -> None:
-    golden = json.loads((TESTS / "golden" / "lora_keys_flux.json").read_text())["flux_dev_dim16"]
-    big, rank = full_size(), golden["network_dim"]
-    found: dict[str, list[int]] = {}
+    golden = json.loads((TESTS / "golden" / "lora_modules.json").read_text())["flux_dev_dim16"]
+    big, rank = full_size(), 16
+    found: dict[str, list[list[int]]] = {}
     for target in find_flux_targets(big, convolutions=False):
         layer = cast(nn.Linear, big.denoiser.get_submodule(target.path))
-        found[f"{target.key}.alpha"] = []
-        found[f"{target.key}.lora_down.weight"] = [rank, layer.in_features]
-        found[f"{target.key}.lora_up.weight"] = [layer.out_features, rank]
-    assert list(found.items()) == list(golden["keys"].items())
+        found[target.key] = [[rank, layer.in_features], [layer.out_features, rank]]
+    assert list(found.items()) == list(golden.items())
 
 
 def test_text_encoders_modules_have_the_reference_trainers_names(parts: Parts) -> None:
@@ -357,11 +360,81 @@ def test_a_folder_with_an_unknown_tensor_is_refused(folders: Folders) -> None:
     assert "transformer_blocks.0.attn.to_x.weight" in str(caught.value)
 
 
-def test_a_checkpoint_is_opened_from_its_file(tmp_path: Path, folders: Folders) -> None:
-    from loragraft.trainer.families.opening import open_weights
-
+def test_however_a_base_is_kept_it_is_the_same_model(tmp_path: Path, folders: Folders) -> None:
+    """One file, four files as ComfyUI's folders have them, a diffusers folder, and a host's tensors."""
     weights = tiny_flux.single_file_weights()
-    base = open_weights(weights, name="tiny", tokenizers=folders.by_kind)
-    assert base.family.name == "flux"
-    loaded = base.load()
-    assert list(loaded.text_encoders) == ["text_encoder", "text_encoder_2"]
+    weights["text_encoders.clip_l.transformer.text_projection.weight"] = torch.ones(64, 64)
+    save_file(weights, tmp_path / "whole.safetensors")
+    split = {"": "model.diffusion_model.", "ae": "vae."}
+    split |= {kind: f"text_encoders.{kind}.transformer." for kind in ("clip_l", "t5xxl")}
+    for name, prefix in split.items():
+        own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        save_file(own, tmp_path / f"{name or 'unet'}.safetensors")
+    for part, folder in tiny_flux.family().folders.items():
+        (tmp_path / "diffusers" / folder).mkdir(parents=True)
+        sd = {k: v.contiguous() for k, v in tiny_flux.random_folder()[part].items()}
+        sd.pop("encoder.embed_tokens.weight", None)  # one tensor has one name in a file
+        save_file(sd, tmp_path / "diffusers" / folder / "model.safetensors")
+    tokenizers = [folders.clip, folders.t5]
+    bases = {
+        "file": opening.open_file(tmp_path / "whole.safetensors", tokenizer=tokenizers),
+        "files": opening.open_file(
+            tmp_path / "unet.safetensors",
+            tokenizer=tokenizers,
+            vae=tmp_path / "ae.safetensors",
+            text_encoders=[tmp_path / "t5xxl.safetensors", tmp_path / "clip_l.safetensors"],
+        ),
+        "folder": opening.open_folder(tmp_path / "diffusers", tokenizer=tokenizers),
+        "host": opening.open_weights(weights, name="tiny", tokenizers=folders.by_kind),
+    }
+    assert {base.family.name for base in bases.values()} == {"flux"}
+    assert len({base.weights_hash for base in bases.values()}) == 1
+    given, outputs = inputs(), []
+    for base in bases.values():
+        loaded = base.load()
+        assert list(loaded.text_encoders) == ["text_encoder", "text_encoder_2"]
+        with torch.no_grad():
+            cond = base.family.encode_text(loaded, base.family.tokenize(loaded, CAPTIONS, READING), READING)
+            outputs.append(base.family.predict(loaded, given["latents"], given["t"], cond, None, 1.0))
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_blocks_of_both_kinds_can_be_computed_twice_or_wait_in_host_memory(parts: Parts) -> None:
+    found = checkpointing.blocks(parts.denoiser)
+    assert [type(block).__name__ for block in found] == ["DoubleBlock"] * 2 + ["SingleBlock"] * 2
+    own, given = tiny_flux.family(), inputs()
+    cond = given["text"], given["pooled"]
+    with torch.no_grad():
+        plain = own.predict(parts, given["latents"], given["t"], cond)
+        swap = Swap(found, torch.device("cpu"))
+        try:
+            assert torch.equal(own.predict(parts, given["latents"], given["t"], cond), plain)
+        finally:
+            swap.undo()
+        assert torch.equal(own.predict(parts, given["latents"], given["t"], cond), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_stays_near(folders: Folders, dtype: torch.dtype) -> None:
+    own, given = tiny_flux.family(), inputs()
+    exact, half = tiny_flux.load_parts(folders), tiny_flux.load_parts(folders)
+    freeze(half.denoiser, dtype, None)
+    freeze(half.text_encoders, dtype, None)
+    half.dtype = dtype
+    found = []
+    for loaded in (exact, half):
+        cond = own.encode_text(loaded, own.tokenize(loaded, CAPTIONS, READING), READING)
+        found.append(own.predict(loaded, given["latents"], given["t"], cond).float())
+    error = (found[1] - found[0]).norm() / found[0].norm()
+    assert 0 < error < (0.03 if dtype == torch.bfloat16 else 0.004)
+    assert half.denoiser.img_in.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("storage", ["fp8", "int8", "nf4"])
+def test_layers_around_the_blocks_are_never_packed(folders: Folders, storage: str) -> None:
+    loaded = tiny_flux.load_parts(folders)
+    done = freeze(loaded.denoiser, torch.float32, None, storage=storage, skip=KEPT_WHOLE)
+    assert done.num_packed == 26
+    outside = (loaded.denoiser.img_in, loaded.denoiser.final_layer.linear, loaded.denoiser.time_in.in_layer)
+    assert all(type(layer) is nn.Linear for layer in outside)

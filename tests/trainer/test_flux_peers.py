@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from loragraft.trainer.adapters import network
 from loragraft.trainer.adapters.settings import Settings
 from loragraft.trainer.families import flux_keys
+from loragraft.trainer.families.base import Reading
+from loragraft.trainer.families.drawing import Guided, sample, start_noise
 from loragraft.trainer.families.flux_keys import UNET_PREFIX
 from loragraft.trainer.families.flux_targets import find_flux_targets
 from loragraft.trainer.parts import Parts
@@ -152,6 +154,48 @@ def test_diffusers_takes_a_single_blocks_first_layer_apart_as_we_stack_it(tmp_pa
         rows += len(b)
     assert rows == 7 * width
     assert not converted
+
+
+def test_diffusers_pipeline_draws_the_same_image_with_the_lora(tmp_path: Path, folders: Folders) -> None:
+    import numpy as np
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    own, parts = tiny_flux.family(), tiny_flux.load_parts(folders)
+    adapter = with_lora(parts, only=tuple(patterns(["double_blocks", "linear2", "modulation"])))
+    save_file(adapter.saved(), tmp_path / "lora.safetensors")
+    reading, size, prompt = Reading(t5_length=32), (64, 80), "a cat"
+    (ours,) = sample(
+        own, parts, [prompt], seeds=[3], size=size, steps=4, guided=Guided(guidance=3.5), reading=reading
+    )
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256
+        ),
+        vae=cast(Any, parts.vae),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=cast(Any, tiny_flux.random_transformer()),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    with torch.no_grad():
+        hidden, pooled = own.encode_text(parts, own.tokenize(parts, [prompt], reading), reading)
+    noise = start_noise(own.latent_shape(parts, *size), [3])
+    theirs = pipeline(
+        prompt_embeds=hidden,
+        pooled_prompt_embeds=pooled,
+        height=size[0],
+        width=size[1],
+        num_inference_steps=4,
+        guidance_scale=3.5,
+        latents=FluxPipeline._pack_latents(noise, *noise.shape),
+    ).images[0]
+    a, b = (np.asarray(image, dtype=np.int16) for image in (ours, theirs))
+    assert a.std() > 5, "the image is not plain"
+    assert np.abs(a - b).max() <= 1, "equal but for the rounding to 8 bits"
+    assert (a != b).mean() < 0.01
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from loragraft.trainer import api
@@ -14,6 +15,7 @@ from loragraft_tests.trainer import runs, tiny, tiny_flux
 from loragraft_tests.trainer.tiny_flux import Folders
 
 SHORT = {"t5xxl_max_token_length": 32}
+SIZES = {"resolution": 48, "bucket_reso_steps": 16}
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +33,17 @@ def flux(folders: Folders) -> api.Base:
 
 
 @pytest.fixture(scope="module")
-def flux_set(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return four noise images in buckets of whole patches."""
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of four noise images."""
     root = tmp_path_factory.mktemp("images")
     tiny.write_images(root / "1_zibu", [(48, 48), (64, 32), (32, 64), (48, 48)])
-    return runs.train_set(root, resolution=48, bucket_reso_steps=16)
+    return root
+
+
+@pytest.fixture(scope="module")
+def flux_set(flux_folder: Path) -> Any:
+    """Return the images in buckets of whole patches."""
+    return runs.train_set(flux_folder, **SIZES)
 
 
 @pytest.fixture
@@ -58,7 +66,6 @@ def test_a_run_trains_every_module_and_stays_within_reason(training: runs.Traini
     ups = {k: v for k, v in lora.items() if k.endswith("lora_up.weight")}
     assert len(ups) == 26
     assert all(k.startswith(("lora_unet_double_blocks_", "lora_unet_single_blocks_")) for k in ups)
-    # what the last block does with the text reaches nothing
     idle = [k for k, v in ups.items() if not v.any()]
     assert idle == []
 
@@ -72,12 +79,18 @@ def test_resuming_gives_the_same_bytes(training: runs.Training) -> None:
     assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
-def test_kept_captions_train_the_same(training: runs.Training) -> None:
-    kept = training.finish(**SHORT, cache_text_encoder_outputs=True)
-    other = training.elsewhere("encoded")
-    varied = runs.Training(other.base, other.train_set, other.places)
-    encoded = varied.finish(**SHORT)
-    assert all(torch.equal(v, saved(encoded)[k]) for k, v in saved(kept).items())
+def test_kept_captions_train_the_same(training: runs.Training, flux_folder: Path) -> None:
+    """Captions that vary are encoded at each step, or all that will come before the first one."""
+    shuffled = runs.train_set(flux_folder, **SIZES, shuffle_caption=True)
+    rates = {**SHORT, "text_encoder_lr": 0.0}
+    found = {}
+    for kept in (False, True):
+        run = training.elsewhere(f"kept {kept}", train_set=shuffled)
+        events = run.events(**rates, cache_text_encoder_outputs=kept)
+        encoded = [e for e in runs.of(events, api.Cached) if e.what == "captions"]
+        assert bool(encoded) == kept
+        found[kept] = saved(runs.only(events, api.Finished))
+    assert all(torch.equal(v, found[False][k]) for k, v in found[True].items())
 
 
 @pytest.mark.parametrize(
@@ -105,13 +118,29 @@ def test_text_encoders_are_trained_where_a_rate_asks_for_it(training: runs.Train
     assert moved == kinds
 
 
-def test_samples_are_drawn(training: runs.Training, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("zibu --w 48 --h 32\n", encoding="utf-8")
+def test_samples_are_drawn(training: runs.Training) -> None:
+    prompts = ["zibu --w 80 --h 64"]
     events = training.events(
-        **SHORT, max_train_steps=1, sample_prompts=str(prompts), sample_every_n_steps=1, sample_steps=2
+        **SHORT, max_train_steps=1, sample_prompts=prompts, sample_every_n_steps=1, sample_steps=2
     )
     (drawn,) = runs.of(events, api.Sampled)
     from PIL import Image
 
-    assert Image.open(drawn.path).size == (48, 32)
+    assert Image.open(drawn.path).size == (80, 64)
+
+
+def test_a_file_tells_what_it_was_trained_on_and_how(training: runs.Training) -> None:
+    finished = training.finish(**SHORT, max_train_steps=1)
+    with safe_open(finished.lora_file, framework="pt") as file:
+        told = file.metadata()
+    expected = {
+        "modelspec.architecture": "flux-1-dev/lora",
+        "ss_base_model_version": "flux1",
+        "ss_timestep_sampling": "shift",
+        "ss_discrete_flow_shift": "3.1582",
+        "ss_guidance_scale": "1.0",
+        "ss_model_prediction_type": "raw",
+        "ss_apply_t5_attn_mask": "False",
+    }
+    assert {name: told.get(name) for name in expected} == expected
+    assert "modelspec.prediction_type" not in told

@@ -15,9 +15,12 @@ from loragraft.trainer import api
 from loragraft.trainer.errors import LoraGraftError
 from loragraft.trainer.imports import kohya_network, kohya_table, kohya_values
 from loragraft.trainer.imports.kohya import read_kohya
+from loragraft.trainer.imports.kohya_blocks import DIMS, INDICES
+from loragraft.trainer.imports.kohya_scripts import FLUX, ONLY, SD3, SDXL
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 ARGUMENTS: dict[str, dict[str, Any]] = json.loads((GOLDEN / "kohya_arguments.json").read_text("utf-8"))
+MORE: dict[str, dict[str, Any]] = json.loads((GOLDEN / "kohya_arguments_more.json").read_text("utf-8"))
 FIELDS = {**api.DatasetConfig.__dataclass_fields__, **api.TrainConfig.__dataclass_fields__}
 
 
@@ -31,6 +34,12 @@ def refusal(text: str) -> LoraGraftError:
     return caught.value
 
 
+# What says for which script a TOML is, for arguments that not all have.
+SCRIPT_LINES = {
+    name: {SDXL: "", SD3: 'network_module = "networks.lora_sd3"\n', FLUX: 'ae = "a"\n'}[users[-1]]
+    for name, users in ONLY.items()
+}
+
 # ---- the table of arguments ----
 
 
@@ -42,15 +51,15 @@ def test_every_argument_of_the_reference_is_in_exactly_one_table() -> None:
         kohya_table.NOTED,
         kohya_table.REFUSED,
     )
-    assert set().union(*tables) == set(ARGUMENTS)
-    assert sum(map(len, tables)) == len(ARGUMENTS) == 193
+    assert set().union(*tables) == {*ARGUMENTS, *MORE}
+    assert sum(map(len, tables)) == len(ARGUMENTS) + len(MORE) == 193 + 34
 
 
 def test_what_is_honoured_is_a_setting_and_its_kind_is_the_parsers() -> None:
     assert [name for name in kohya_table.HONOURED if name not in FIELDS] == []
     kinds = {"int": kohya_table.WHOLE, "float": kohya_table.NUMBER, "str": kohya_table.TEXT}
     for name, kind in kohya_table.HONOURED.items():
-        told = ARGUMENTS[name]
+        told = ARGUMENTS.get(name) or MORE[name]
         if told["kind"] == "StoreTrue":
             expected = kohya_table.SWITCH
         elif told["nargs"] == "*":
@@ -63,7 +72,7 @@ def test_what_is_honoured_is_a_setting_and_its_kind_is_the_parsers() -> None:
 def test_defaults_that_differ_are_filled_in_or_said_to_stay() -> None:
     """Where kohya's parser has a default, ours is the same, or the import fills kohya's in."""
     plain = {**api.as_dict(api.DatasetConfig()), **api.as_dict(api.TrainConfig())}
-    for name in kohya_table.HONOURED:
+    for name in (name for name in kohya_table.HONOURED if name in ARGUMENTS):
         default = ARGUMENTS[name]["default"]
         filled = kohya_table.KOHYA_DEFAULTS.get(name)
         if default in (None, "", "no") and filled is None:
@@ -108,10 +117,11 @@ def test_what_was_filled_in_is_said() -> None:
 def test_what_means_nothing_here_is_said(name: str) -> None:
     kind = kohya_table.kind_of(name)
     value = {kohya_table.SWITCH: "true", kohya_table.WHOLE: "2"}.get(kind, '"x"')
-    imported = read_kohya(f"resolution = 512\n{name} = {value}")
+    script = SCRIPT_LINES.get(name, "")
+    imported = read_kohya(f"resolution = 512\n{script}{name} = {value}")
     (said,) = [note for note in imported.notes if note.startswith(f"{name}: ")]
     assert len(said) > len(name) + 15
-    assert imported.settings == read_kohya("resolution = 512").settings
+    assert imported.settings == read_kohya(f"resolution = 512\n{script}").settings
 
 
 @pytest.mark.parametrize("name", sorted(kohya_table.REFUSED))
@@ -120,19 +130,21 @@ def test_what_cannot_be_honoured_is_refused_with_a_remedy_unless_it_asks_for_not
     value = {
         kohya_table.SWITCH: "true",
         kohya_table.WHOLE: "7",
+        kohya_table.NUMBER: "0.5",
         kohya_table.WORDS: '["a.safetensors"]',
     }.get(kind, '"x"')
-    error = refusal(f"resolution = 512\n{name} = {value}")
+    script = SCRIPT_LINES.get(name, "")
+    error = refusal(f"resolution = 512\n{script}{name} = {value}")
     assert error.code == "LG-IMP-002"
     assert name in error.where and why[:40] in error.where and error.fix == fix
     for nothing in harmless:
-        read_kohya(f"resolution = 512\n{name} = {json.dumps(nothing)}")
+        read_kohya(f"resolution = 512\n{script}{name} = {json.dumps(nothing)}")
 
 
 def test_all_faults_of_a_kind_are_named_at_once() -> None:
-    error = refusal('v2 = true\nvae = "a"\nrandom_crop = true')
+    error = refusal('deepspeed = true\nresume = "a"\nrandom_crop = true')
     assert error.what.startswith("3 settings")
-    for name in ("v2", "vae", "random_crop"):
+    for name in ("deepspeed", "resume", "random_crop"):
         assert name in error.where
     error = refusal("learning_rat = 1\nnetwork_dims = 3")
     assert error.code == "LG-CFG-001" and "'learning_rate'" in error.fix and "'network_dim'" in error.fix
@@ -307,7 +319,8 @@ def test_network_args(module: str, args: list[str], expected: dict[str, Any]) ->
 
 def test_every_key_of_network_args_is_a_setting() -> None:
     for keys in kohya_network.KEYS.values():
-        assert {key.setting for key in keys.values()} <= set(FIELDS)
+        chosen = {"train_blocks", "train_t5xxl"}.union(*DIMS.values(), *INDICES.values())
+        assert {key.setting for key in keys.values()} <= {*FIELDS, *chosen}
 
 
 def test_a_key_of_another_module_is_refused_by_name() -> None:
@@ -396,8 +409,8 @@ def test_an_abbreviation_counts_as_in_the_references_parser() -> None:
         ("--output_name 'open", "LG-IMP-001", "quotation"),
         ("--output_dir $HOME/out", "LG-IMP-001", "variable"),
         ("--output_dir %USERPROFILE%", "LG-IMP-001", "variable"),
-        ("flux_train_network.py --network_dim 4", "LG-IMP-003", "Flux"),
-        ("sdxl_train_network.py --network_dim 4", "LG-IMP-003", "SDXL"),
+        ("lumina_train_network.py --network_dim 4", "LG-IMP-003", "Lumina"),
+        ("flux_train.py --network_dim 4", "LG-IMP-003", "Flux"),
         ("train_db.py --learning_rate 1e-6", "LG-IMP-003", "whole model"),
         ("something.py --learning_rate 1e-6", "LG-IMP-003", "something.py"),
         ("accelerate launch -m hcpdiff.train_ac_single --cfg a.yaml", "LG-IMP-003", "HCP-Diffusion"),

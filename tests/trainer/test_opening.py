@@ -256,7 +256,7 @@ def test_other_models_of_the_family_are_named(weights: dict[str, torch.Tensor], 
     with Refusal("LG-BASE-004", "inpainting", "9 input channels"):
         load_changed({**weights, conv_in: torch.zeros(32, 9, 3, 3)}, tokenizer)
     wide = {k: v for k, v in weights.items() if "attn2.to_k.weight" in k or "attn2.to_v.weight" in k}
-    with Refusal("LG-BASE-004", "SD2.x", "1024"):
+    with Refusal("LG-BASE-003", "context width 1024", "text encoder: 64"):
         load_changed({**weights, **{k: torch.zeros(v.shape[0], 1024) for k, v in wide.items()}}, tokenizer)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from loragraft.trainer.config import TrainConfig
+from loragraft.trainer.contradictions.family import check
 from loragraft.trainer.families import FAMILIES
 from loragraft.trainer.families import qwen_image as module
 from loragraft.trainer.families.base import Reading
@@ -333,3 +336,76 @@ def test_sampling_follows_the_published_schedule() -> None:
     torch.testing.assert_close(
         FAMILY.objective.sigmas_for(steps, (1328, 1328)), scheduler.sigmas, rtol=0, atol=2e-6
     )
+
+
+# ---- what is trained ----
+
+
+def full_size() -> Parts:
+    """Return the transformer in full size, without weights."""
+    from diffusers import QwenImageTransformer2DModel
+
+    with torch.device("meta"):
+        return Parts(QwenImageTransformer2DModel(), nn.Module(), nn.ModuleDict(), {})
+
+
+def test_the_lora_has_the_references_modules_that_learn() -> None:
+    """kohya's musubi-tuner trains all layers of the blocks but the modulations; four of them never learn."""
+    parts = full_size()
+    found = FAMILY.targets(parts, convolutions=False)
+    theirs = {
+        f"lora_unet_{path.replace('.', '_')}"
+        for path, layer in parts.denoiser.named_modules()
+        if isinstance(layer, nn.Linear) and path.startswith("transformer_blocks.") and "_mod." not in path
+    }
+    unread = {f"lora_unet_transformer_blocks_59_{name.replace('.', '_')}" for name in module.UNREAD}
+    assert len(theirs) == 720 and unread < theirs
+    assert {t.key for t in found} == theirs - unread
+    assert len(found) == 716
+
+
+def test_what_is_left_out_gets_no_gradient(parts: Parts) -> None:
+    for parameter in parts.denoiser.parameters():
+        parameter.requires_grad_(True)
+    x, t = noisy()
+    FAMILY.predict(parts, x, t, conditioning(parts)).square().mean().backward()
+    silent = {name for name, p in parts.denoiser.named_parameters() if p.grad is None or not p.grad.any()}
+    for parameter in parts.denoiser.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    last = "transformer_blocks.1."
+    assert {name.removesuffix(".weight").removesuffix(".bias") for name in silent} == {
+        *(last + name for name in module.UNREAD),
+        f"{last}attn.norm_added_q",
+    }
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [("", 20), ("attn-mlp", 20), ("attn-only", 14), ("full", 24), ("everything", 30)],
+)
+def test_presets_name_sets_of_layers(parts: Parts, preset: str, count: int) -> None:
+    found = FAMILY.targets(parts, convolutions=False, preset=preset)
+    linear = [t for t in found if t.kind == "linear"]
+    assert len(linear) == count and len({t.key for t in found}) == len(found)
+    assert any("_mod_1" in t.key for t in found) == (preset in ("full", "everything"))
+
+
+def test_settings_without_a_meaning_here_are_refused() -> None:
+    values: dict[str, Any] = {
+        "clip_skip": 2,
+        "max_token_length": 150,
+        "weighted_captions": True,
+        "train_embeddings": ("zibu",),
+        "guidance_scale": 3.5,
+        "apply_t5_attn_mask": True,
+        "attention": "plain",
+        "train_norm": True,
+        "text_encoder_lr": 1e-5,
+        "min_snr_gamma": 5.0,
+    }
+    assert set(FAMILY.ignored) < set(values)
+    for name, value in values.items():
+        with Refusal("LG-CFG-004", name, "qwen_image"):
+            check(dataclasses.replace(TrainConfig(), **{name: value}), FAMILY)
+    check(TrainConfig(), FAMILY)

@@ -12,17 +12,16 @@ from torch import nn
 
 from loragraft.trainer.adapters import network
 from loragraft.trainer.engine.attention import restore_attention, use_attention
-from loragraft.trainer.families import FAMILIES, sd3_blocks, sd3_keys
+from loragraft.trainer.families import FAMILIES, sd3_keys
 from loragraft.trainer.families.base import Reading
-from loragraft.trainer.families.building import assign, built
 from loragraft.trainer.families.sd3 import VERSIONS
 from loragraft.trainer.families.t5_text import load_t5
 from loragraft.trainer.families.tokenizers import load_tokenizer
-from loragraft.trainer.families.weights import Renamed
 from loragraft.trainer.objective.flow import PREDICTIONS, Flow, flow_weight
 from loragraft.trainer.parts import Parts
 from loragraft_tests.trainer import parity, tiny_sd3, tiny_t5
 from loragraft_tests.trainer.data_folders import Refusal, golden
+from loragraft_tests.trainer.sd3_models import own_transformer
 
 GOLDEN = golden("sd3")
 FULL: dict[str, dict[str, Any]] = {
@@ -55,14 +54,6 @@ def full_transformer(version: str) -> nn.Module:
 
     with torch.device("meta"):
         model: nn.Module = SD3Transformer2DModel(**{**COMMON, **FULL[version]})
-    return model
-
-
-def ours(weights: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Build our model on weights with the authors' names."""
-    sd = Renamed(weights, sd3_keys.from_authors(weights))
-    model = built("transformer", "SD3", lambda: sd3_blocks.build_mmdit(sd3_blocks.mmdit_config(sd)))
-    assign(model, sd, "transformer", "SD3")
     return model
 
 
@@ -105,7 +96,7 @@ def test_at_full_size_everything_is_read_from_the_weights_and_goes_both_ways(ver
     assert len(weights) == NUM_TENSORS[version]
     theirs = convert_sd3_transformer_checkpoint_to_diffusers(dict(weights))
     assert {k: v.shape for k, v in theirs.items()} == {k: v.shape for k, v in peer.state_dict().items()}
-    model = ours(weights)
+    model = own_transformer(weights)
     own = model.state_dict()
     config = cast(Any, model).config
     assert {k: config[k] for k in FULL[version]} == FULL[version]
@@ -152,7 +143,9 @@ def test_a_lora_has_exactly_the_references_modules(
     stored, version = GOLDEN["modules"][case], case.removesuffix("_default")
     everything = "emb_dims" in stored["network_args"]
     texts = full_texts if everything else nn.ModuleDict({k: full_texts[k] for k in ENCODERS[:2]})
-    parts = Parts(ours(tiny_sd3.mmdit_weights(full_transformer(version))), nn.Identity(), texts, {})
+    parts = Parts(
+        own_transformer(tiny_sd3.mmdit_weights(full_transformer(version))), nn.Identity(), texts, {}
+    )
     targets = FAMILIES[version].targets(parts, convolutions=False, preset="everything" if everything else "")
     monkeypatch.setattr(torch, "rand", lambda shape, generator: torch.empty(shape, device="meta"))
     settings = network.Settings(stored["dim"], stored["alpha"], stored["dim"], stored["alpha"], seed=0)
@@ -400,7 +393,7 @@ def test_loss_and_gradients_of_a_step_are_the_references(case: dict[str, Any]) -
     """The reference compares images, x_s - s v with x, and weighs them: our "denoised"."""
     family, flow = FAMILIES[case["version"]], Flow()
     shapes = {k: tuple(v.shape) for k, v in tiny_sd3.mmdit_weights(transformer_of(case["version"])).items()}
-    model = ours({name: formula_weight(f"sd3/{name}", shape) for name, shape in shapes.items()})
+    model = own_transformer({name: formula_weight(f"sd3/{name}", shape) for name, shape in shapes.items()})
     parts = Parts(model, nn.Identity(), nn.ModuleDict({}), {})
     adapter = network.inject(
         parts, network.Settings(4, 2.0, None, 1.0, 0), family.targets(parts, convolutions=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from loragraft.trainer.families import FAMILIES
+from loragraft.trainer.config import TrainConfig
+from loragraft.trainer.contradictions.family import check
+from loragraft.trainer.families import FAMILIES, qwen_text
 from loragraft.trainer.families.base import Reading
 from loragraft.trainer.families.tokenizers import load_tokenizer
+from loragraft.trainer.families.versions import newer
 from loragraft.trainer.families.z_image import ZImage
 from loragraft.trainer.families.z_image_model import ZImageTransformer, z_image_config
 from loragraft.trainer.parts import Parts
@@ -190,3 +194,64 @@ def test_images_go_to_latents_and_back_as_in_diffusers(parts: Parts, modules: di
         assert tuple(latents.shape[1:]) == FAMILY.latent_shape(parts, 32, 48)
         back = vae.decode(theirs / vae.config.scaling_factor + vae.config.shift_factor).sample
         torch.testing.assert_close(FAMILY.decode(parts, latents), back, rtol=1e-5, atol=1e-5)
+
+
+# ---- what is trained ----
+
+
+def test_the_lora_has_the_references_layers_with_query_key_and_value_as_one() -> None:
+    """kohya's musubi-tuner trains attention and feed-forward of the main layers; its q, k and v are three."""
+    shape = {"width": 3840, "heads": 30, "inside": 10240, "channels": 64, "context": 2560, "time": 256}
+    depth = {"time_inside": 1024, "layers": 30, "noise_refiners": 2, "context_refiners": 2}
+    with torch.device("meta"):
+        parts = Parts(ZImageTransformer(**shape, **depth), nn.Module(), nn.ModuleDict(), {})
+    found = FAMILY.targets(parts, convolutions=False)
+    names = ("attention_qkv", "attention_out", "feed_forward_w1", "feed_forward_w2", "feed_forward_w3")
+    assert [t.key for t in found] == [f"lora_unet_layers_{i}_{name}" for i in range(30) for name in names]
+    assert tuple(parts.denoiser.get_submodule(found[0].path).weight.shape) == (11520, 3840)
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"), [("", 10), ("attn-mlp", 10), ("attn-only", 4), ("full", 23), ("everything", 29)]
+)
+def test_presets_name_sets_of_layers(parts: Parts, preset: str, count: int) -> None:
+    found = FAMILY.targets(parts, convolutions=False, preset=preset)
+    assert len([t for t in found if t.kind == "linear"]) == count
+    assert len({t.key for t in found}) == len(found)
+
+
+def test_settings_without_a_meaning_here_are_refused() -> None:
+    for name, value in (("clip_skip", 2), ("guidance_scale", 3.5), ("weighted_captions", True)):
+        with Refusal("LG-CFG-004", name, "z_image"):
+            check(dataclasses.replace(TrainConfig(), **{name: value}), FAMILY)
+    check(TrainConfig(), FAMILY)
+
+
+def test_sampling_follows_the_published_schedule() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / 8, 8).tolist())
+    torch.testing.assert_close(FAMILY.objective.sigmas_for(8, (1024, 1024)), scheduler.sigmas)
+
+
+def test_half_precision_is_near(file: dict[str, torch.Tensor], tokenizer: Any, parts: Parts) -> None:
+    half = FAMILY.load(FAMILY.split({k: v.bfloat16() for k, v in file.items()}), {"text_encoder": tokenizer})
+    half.dtype = torch.bfloat16
+    x, t = noisy()
+    cond = conditioning(parts, CAPTIONS)
+    with torch.no_grad():
+        exact, near = FAMILY.predict(parts, x, t, cond), FAMILY.predict(half, x, t, cond)
+    assert near.dtype == torch.bfloat16
+    assert (near.float() - exact).norm() / exact.norm() < 0.05
+
+
+def test_an_older_transformers_is_refused_with_the_remedy(
+    file: dict[str, torch.Tensor], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "4.50.3")
+    monkeypatch.setattr(qwen_text, "newer", lambda module, name, **more: newer(module, f"{name}X", **more))
+    with Refusal("LG-BASE-010", "Z-Image needs a newer transformers", "4.50.3", "transformers>=4.51"):
+        FAMILY.load(FAMILY.split(file), {"text_encoder": tokenizer})

@@ -42,7 +42,6 @@ def random_transformer(
     """Build a random transformer of diffusers' class, every weight and bias other than 0."""
     from diffusers import FluxTransformer2DModel
 
-    torch.manual_seed(seed)
     place = 7 * head_dim // 32 * 2
     model = FluxTransformer2DModel(
         in_channels=4 * channels,
@@ -55,9 +54,11 @@ def random_transformer(
         guidance_embeds=guided,
         axes_dims_rope=(head_dim - 2 * place, place, place),
     )
+    drawn = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(torch.randn_like(weight) * (0.05 if weight.ndim > 1 else 0.1))
+        for name, weight in sorted(model.named_parameters()):
+            spread = 0.05 if weight.ndim > 1 else 0.1
+            weight.copy_(torch.randn(weight.shape, generator=drawn) * spread)
             if ".norm_" in name and weight.ndim == 1 and "norm_out" not in name:
                 weight.add_(1.0)
     found: nn.Module = model.eval()

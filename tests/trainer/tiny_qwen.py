@@ -70,7 +70,7 @@ def random_qwen25_vl(seed: int = 0) -> nn.Module:
     config = Qwen2_5_VLConfig(
         text_config={**text, "rope_parameters": rope, "rope_scaling": rope}, vision_config=vision
     )
-    return _shaken(Qwen2_5_VLForConditionalGeneration(config))
+    return shaken(Qwen2_5_VLForConditionalGeneration(config))
 
 
 def random_qwen3(seed: int = 0, hidden: int = 48) -> nn.Module:
@@ -78,7 +78,7 @@ def random_qwen3(seed: int = 0, hidden: int = 48) -> nn.Module:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
-    return _shaken(Qwen3ForCausalLM(Qwen3Config(**_text_shape(2, 1, hidden), head_dim=32)))
+    return shaken(Qwen3ForCausalLM(Qwen3Config(**_text_shape(2, 1, hidden), head_dim=32)))
 
 
 def random_qwen_vae(seed: int = 0) -> nn.Module:
@@ -86,7 +86,7 @@ def random_qwen_vae(seed: int = 0) -> nn.Module:
     from diffusers import AutoencoderKLQwenImage
 
     torch.manual_seed(seed)
-    return _shaken(AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1))
+    return shaken(AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1))
 
 
 def random_flux_vae(seed: int = 0) -> nn.Module:
@@ -112,7 +112,7 @@ def random_qwen_image(seed: int = 0) -> nn.Module:
     from diffusers import QwenImageTransformer2DModel
 
     torch.manual_seed(seed)
-    return _shaken(
+    return shaken(
         QwenImageTransformer2DModel(
             num_layers=2,
             attention_head_dim=32,
@@ -128,7 +128,7 @@ def random_z_image(seed: int = 0, dim: int = 64, context: int = 48) -> nn.Module
     from diffusers import ZImageTransformer2DModel
 
     torch.manual_seed(seed)
-    return _shaken(
+    return shaken(
         ZImageTransformer2DModel(
             dim=dim,
             n_layers=2,
@@ -142,7 +142,7 @@ def random_z_image(seed: int = 0, dim: int = 64, context: int = 48) -> nn.Module
     )
 
 
-def _shaken(model: Any) -> nn.Module:
+def shaken(model: Any) -> nn.Module:
     """Give norms, pad tokens and zero layers random values too, so that an exchange of two shows."""
     with torch.no_grad():
         for parameter in model.parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -20,6 +21,9 @@ from .methods import METHODS
 from .network import Adapted, Adapter, find, put, remove
 from .settings import Rank
 from .shares import Rows, Share, Tensors
+
+# A module's key, which may have dots, and a tensor's name behind it, of which few have one.
+NAME = re.compile(r"(.+?)\.((?:lora_\w+|[ab][12])\.weight|[^.]+)")
 
 
 def attach(parts: Parts, tensors: Tensors, targets: Sequence[Target]) -> Adapter:
@@ -45,7 +49,8 @@ def grouped(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:
     """Sort a file's tensors by their module's key: {key: {name behind the key: tensor}}."""
     result: dict[str, dict[str, torch.Tensor]] = {}
     for full_name, tensor in tensors.items():
-        key, _, name = full_name.partition(".")
+        found = NAME.fullmatch(full_name)
+        key, name = (found[1], found[2]) if found else (full_name, "")
         result.setdefault(key, {})[name] = tensor
     return result
 

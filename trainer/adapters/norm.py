@@ -24,5 +24,7 @@ def update(base: nn.Module, x: torch.Tensor, t: Tensors) -> torch.Tensor:
     bias = t[BIAS].to(x.dtype) if BIAS in t else None
     if isinstance(base, nn.GroupNorm):
         return F.group_norm(x, base.num_groups, weight, bias, base.eps)
+    if isinstance(base, nn.RMSNorm):
+        return F.rms_norm(x, base.normalized_shape, weight, base.eps)
     assert isinstance(base, nn.LayerNorm)
     return F.layer_norm(x, base.normalized_shape, weight, bias, base.eps)

@@ -46,7 +46,7 @@ def shape_of(layer: nn.Module) -> Shape:
         return Shape(layer.out_channels, inputs, layer.kernel_size, has_bias)
     if isinstance(layer, nn.GroupNorm):
         return Shape(layer.num_channels, 0, (), has_bias)
-    if isinstance(layer, nn.LayerNorm):
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
         return Shape(math.prod(layer.normalized_shape), 0, (), has_bias)
     raise TypeError(f"{type(layer).__name__} cannot be trained")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import api
 from ..errors import LoraGraftError
-from .settings import PLACES
+from .settings import PLACES, take_files
 
 YAML = (".yaml", ".yml")
 # Places of an import that are flags of their own here, with the flag's name.
@@ -83,6 +83,7 @@ def _apply_import(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[s
         hidden = named_data and flag in ("train_data_dir", "dataset_config")
         if place in imported.places and getattr(arguments, flag) is None and not hidden:
             setattr(arguments, flag, imported.places[place])
+    take_files(dict(imported.places), arguments)
     if arguments.dataset_config:
         arguments.subset_defaults = _subset_defaults(imported.reading)
     else:

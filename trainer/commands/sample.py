@@ -38,7 +38,6 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--embeddings", nargs="+", type=Path, default=[], help="textual inversions, used by name"
     )
-    command.add_argument("--vae", type=Path, help="another VAE's file")
     command.add_argument("--sampler", default="dpmpp_2m", choices=sorted(api.SAMPLERS))
     command.add_argument("--schedule", default="karras", choices=sorted(api.SCHEDULES))
     command.add_argument("--width", type=int, default=512)
@@ -76,7 +75,6 @@ def sample(arguments: argparse.Namespace) -> int:
         loras=[file_and_strength(text) for text in arguments.lora],
         lora_folder=arguments.lora_dir,
         embeddings=arguments.embeddings,
-        vae=arguments.vae,
         device=arguments.device,
     )
     arguments.output.mkdir(parents=True, exist_ok=True)

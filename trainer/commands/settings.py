@@ -22,6 +22,9 @@ else:  # pragma: no cover - the same parser under its older name
 
 # Settings of the command line that are no training settings, with kohya's names where it has them.
 PLACES = {"pretrained_model_name_or_path": "base model", "train_data_dir": "image folder"}
+# Files of parts beside the base's, with kohya's names for them; which part one is, its content tells.
+VAE_NAMES = ("vae", "ae")
+TEXT_NAMES = ("text_encoder", "clip_l", "clip_g", "t5xxl", "gemma2", "qwen3")
 SWEEP = "sweep"  # the table of a config file that holds values to try instead of settings
 
 
@@ -40,6 +43,7 @@ def read_settings(arguments: argparse.Namespace, *places: str) -> tuple[dict[str
     given = {key: getattr(arguments, key, None) or settings.get(key) for key in PLACES}
     for key in PLACES:
         settings.pop(key, None)
+    take_files(settings, arguments)
     for key in places:
         if given[key] is None:
             raise LoraGraftError(
@@ -50,6 +54,28 @@ def read_settings(arguments: argparse.Namespace, *places: str) -> tuple[dict[str
                 fix=f"add --{key} PATH, or 'demo' for the embedded one",
             )
     return settings, [str(given[key]) for key in places]
+
+
+def take_files(settings: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Move the files of a VAE and of text encoders from a config to the flags, which win over it.
+
+    Raises LG-BASE-012 for two VAEs.
+    """
+    vaes = [settings.pop(name) for name in VAE_NAMES if name in settings]
+    texts = [settings.pop(name) for name in TEXT_NAMES if name in settings]
+    if len(vaes) > 1:
+        raise _needless("The config names two VAEs.", " and ".join(VAE_NAMES), "keep one of them")
+    if vaes and not getattr(arguments, "vae", None):
+        arguments.vae = str(vaes[0])
+    if texts and not getattr(arguments, "text_encoder", None):
+        arguments.text_encoder = [
+            str(file) for given in texts for file in (given if isinstance(given, list) else [given])
+        ]
+
+
+def _needless(what: str, where: str, fix: str) -> LoraGraftError:
+    why = "what is not used would be ignored in silence."
+    return LoraGraftError("LG-BASE-012", what, where=where, why=why, fix=fix)
 
 
 def read_config_file(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -106,11 +132,32 @@ def add_config_flags(command: argparse.ArgumentParser, *classes: type) -> None:
 def add_base_flags(command: argparse.ArgumentParser, *, required: bool) -> None:
     """Give a command the flags that name a base model and a device."""
     command.add_argument(
-        "--pretrained_model_name_or_path", required=required, help="base model file or folder, or 'demo'"
+        "--pretrained_model_name_or_path",
+        required=required,
+        help="base model: a checkpoint, a denoiser's file (.safetensors, .gguf), a folder, or 'demo'",
     )
-    command.add_argument("--tokenizer", help="folder with vocab.json and merges.txt")
     command.add_argument(
-        "--allow_download", action="store_true", help="let the tokenizer be fetched from the hub"
+        *(f"--{name}" for name in VAE_NAMES),
+        dest="vae",
+        metavar="FILE",
+        help="the VAE's file, where the base has none or another",
+    )
+    command.add_argument(
+        *(f"--{name}" for name in TEXT_NAMES),
+        dest="text_encoder",
+        action="append",
+        metavar="FILE",
+        help="a text encoder's file, where the base has none or another; may be given several times, and "
+        "which one it is, its content tells",
+    )
+    command.add_argument(
+        "--tokenizer",
+        action="append",
+        metavar="FOLDER",
+        help="folder of a text encoder's tokenizer; may be given several times",
+    )
+    command.add_argument(
+        "--allow_download", action="store_true", help="let tokenizers be fetched from the hub"
     )
     command.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the GPU if there is one")
 
@@ -118,5 +165,14 @@ def add_base_flags(command: argparse.ArgumentParser, *, required: bool) -> None:
 def open_base(path: str, arguments: argparse.Namespace) -> api.Base:
     """Open the base model that a command names; 'demo' is the embedded one."""
     if path == "demo":
+        if arguments.vae or arguments.text_encoder:
+            flags = "--vae, --text_encoder"
+            raise _needless("The embedded base takes no further files.", flags, "leave these flags out")
         return api.open_demo_base()
-    return api.open_base(path, tokenizer=arguments.tokenizer, allow_download=arguments.allow_download)
+    return api.open_base(
+        path,
+        tokenizer=arguments.tokenizer,
+        allow_download=arguments.allow_download,
+        vae=arguments.vae,
+        text_encoders=arguments.text_encoder or (),
+    )

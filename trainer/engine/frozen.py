@@ -201,7 +201,8 @@ def freeze(
     storage that the device lacks.
     """
     done = Frozen(storage)
-    refuse_lacking(storage, device or next(root.parameters()).device)
+    here = next((p.device for p in root.parameters()), torch.device("cpu"))
+    refuse_lacking(storage, device or here)
     made: dict[nn.Module, nn.Module] = {}
     here: dict[Packed, Packed] = {}  # layers may share a weight that comes from elsewhere
     for path, layer in list(root.named_modules(remove_duplicate=False)):

@@ -8,7 +8,7 @@ unpacks it, for its own time. Layers get the packed weight itself when they are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -37,15 +37,17 @@ class PackedTensor(torch.Tensor):
     def __new__(cls, packed: Packed, dtype: torch.dtype = torch.float32) -> PackedTensor:
         made = torch.Tensor._make_wrapper_subclass(cls, packed.shape, dtype=dtype, device=packed.device)
         made.packed = packed
-        return cast(PackedTensor, made)
+        return made
 
     def __init__(self, packed: Packed, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func._schema.is_mutable:
             raise TypeError(f"{func} would write to a packed weight")
         kept = _kept_packed(func, args, kwargs or {})
@@ -54,7 +56,7 @@ class PackedTensor(torch.Tensor):
         args, kwargs = tree_map_only(PackedTensor, unpacked, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedTensor({self.packed.storage}, {tuple(self.shape)}, {self.dtype})"
 
 

@@ -6,6 +6,8 @@ from ..errors import LoraGraftError
 from .base import Family, Tensors
 from .chroma import Chroma
 from .flux import Flux
+from .flux2 import Flux2Klein
+from .lumina2 import Lumina2
 from .qwen_image import QwenImage
 from .sd2 import SD2
 from .sd3 import SD3
@@ -23,8 +25,10 @@ FAMILIES: dict[str, Family] = {
     "flux": Flux("flux"),
     "flux_schnell": Flux("flux_schnell"),
     "chroma": Chroma(),
+    "flux2": Flux2Klein(),
     "qwen_image": QwenImage(),
     "z_image": ZImage(),
+    "lumina2": Lumina2(),
 }
 
 __all__ = ["FAMILIES", "Family", "detect"]

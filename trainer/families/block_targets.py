@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import LoraGraftError
 from ..parts import DENOISER, Parts, Target
+from ..settings.presets import PRESETS
 
 # All layers of the blocks, which are what the reference trainers' LoRAs change.
 BLOCKS = ("", "full", "full-lin", "attn-mlp", "unet-only", "unet-transformer-only")
@@ -34,7 +35,8 @@ def find_block_targets(
     ``attention``: the classes that attn-only trains. A layer's name in a file is its path. Raises LG-CFG-004
     for ``convolutions``, of which there are none, and for a preset without a meaning here.
     """
-    if convolutions:
+    has_convolutions = preset in PRESETS and PRESETS[preset].convolutions  # so nobody asked for them alone
+    if convolutions and not has_convolutions:
         raise _no_effect(
             "conv_dim is set, but there is nothing for it to train.",
             "conv_dim",

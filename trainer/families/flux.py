@@ -24,8 +24,9 @@ from .clip_text import clip_tokens, load_clip_text, text_width
 from .flux_blocks import PATCH, FluxTransformer, flux_config
 from .flux_targets import find_flux_targets
 from .ldm_keys import UNET_PREFIX
-from .ldm_vae import vae_from_folder
+from .ldm_vae import join_vae, split_vae, vae_from_folder
 from .t5_text import check_t5_tokenizer, encode_t5, load_t5, t5_longest, t5_tokens, t5_weights
+from .vae_prefix import with_ldm_prefix, with_newer_prefix
 from .weights import joined
 
 TITLE = "Flux.1"
@@ -54,7 +55,11 @@ class Version:
     defaults: Mapping[str, Any]
 
 
-SHIFTED = {"timestep_sampling": "shift", "discrete_flow_shift": 3.1582}  # what kohya's documentation advises
+SHIFTED: Mapping[str, Any] = {  # what the reference trainer's documentation advises
+    "timestep_sampling": "shift",
+    "discrete_flow_shift": 3.1582,
+    "model_prediction_type": "raw",
+}
 VERSIONS: Mapping[str, Version] = {
     "flux": Version(
         "dev", 512, Look(20, 1.0, 3.5), Flow(dynamic=FLUX_MU), {}, {**SHIFTED, "guidance_scale": 1.0}
@@ -96,6 +101,7 @@ class Flux:
             "max_token_length": "of CLIP, Flux sees only the pooled state; t5xxl_max_token_length is T5's",
             "weighted_captions": "Flux learnt from T5's states as they are",
             "train_embeddings": "Flux reads captions with T5, which has no words of its own to learn",
+            "attention": "Flux's blocks compute it with torch's own attention",
             **dict.fromkeys(("down_lr_weight", "mid_lr_weight", "up_lr_weight"), BLOCK_WEIGHTS),
             **dict.fromkeys(("block_dims", "block_alphas"), BLOCK_DIMS),
             **dict.fromkeys(("conv_block_dims", "conv_block_alphas"), "Flux has no convolutions"),
@@ -119,7 +125,7 @@ class Flux:
         """Sort single-file weights into state dicts of the parts' modules (views)."""
         return {
             DENOISER: flux_keys.split_denoiser(weights),
-            "vae": flux_keys.split_flux_vae(weights),
+            "vae": split_vae(with_ldm_prefix(weights)),
             CLIP: flux_keys.split_clip(weights),
             T5: t5_weights(flux_keys.below(weights, flux_keys.T5_PREFIX)),
         }
@@ -128,7 +134,7 @@ class Flux:
         """Return the parts under the names of ComfyUI's checkpoints (views): what `split` takes apart."""
         return joined(
             [
-                flux_keys.join_flux_vae(state_dicts["vae"]),
+                with_newer_prefix(join_vae(state_dicts["vae"])),
                 flux_keys.above(t5_weights(state_dicts[T5]), flux_keys.T5_PREFIX),
                 flux_keys.above(state_dicts[CLIP], flux_keys.CLIP_PREFIX),
                 flux_keys.join_denoiser(state_dicts[DENOISER]),

@@ -29,10 +29,10 @@ MILLE = 1000.0  # what a guidance scale is multiplied by before it is embedded, 
 class Embedder(nn.Module):
     """Two layers that bring a number's sinusoids, or the pooled text, to the transformer's width."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.in_layer = nn.Linear(channels, width)
-        self.out_layer = nn.Linear(width, width)
+        self.in_layer = nn.Linear(channels, width, bias=bias)
+        self.out_layer = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, channels) -> (B, width)."""
@@ -43,10 +43,10 @@ class Embedder(nn.Module):
 class Modulation(nn.Module):
     """``count`` vectors for a block, from the one that all blocks see."""
 
-    def __init__(self, width: int, count: int) -> None:
+    def __init__(self, width: int, count: int, *, bias: bool = True) -> None:
         super().__init__()
         self.count = count
-        self.lin = nn.Linear(width, count * width)
+        self.lin = nn.Linear(width, count * width, bias=bias)
 
     def forward(self, vec: torch.Tensor) -> torch.Tensor:
         """(B, width) -> (B, count, width)."""
@@ -91,10 +91,10 @@ class SingleBlock(stream_blocks.SingleBlock):
 class FinalLayer(nn.Module):
     """The image's rows, modulated once more, as packed latents."""
 
-    def __init__(self, width: int, channels: int) -> None:
+    def __init__(self, width: int, channels: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = nn.Linear(width, channels, bias=bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width, bias=bias))
 
     def forward(self, x: torch.Tensor, vec: torch.Tensor) -> torch.Tensor:
         """(B, N, width) -> (B, N, channels) for the vector (B, width)."""

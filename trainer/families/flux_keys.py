@@ -6,13 +6,11 @@ import re
 from collections.abc import Mapping
 
 from .base import Tensors
-from .ldm_keys import UNET_PREFIX, VAE_PREFIX
-from .ldm_vae import join_vae, split_vae
+from .ldm_keys import UNET_PREFIX
 from .pieces import Pieced, Recipe, stacked, swapped
 
 CLIP_PREFIX = "text_encoders.clip_l.transformer."
 T5_PREFIX = "text_encoders.t5xxl.transformer."
-FLUX_VAE_PREFIX = "vae."  # in ComfyUI's checkpoints of Flux
 BODY = "text_model."  # what of a CLIP is used: not its projection
 # BFL's files call a normalisation's weight "scale", ComfyUI in memory, and the modules, "weight".
 SCALE, WEIGHT = ".scale", ".weight"
@@ -71,17 +69,6 @@ def split_denoiser(weights: Tensors) -> Tensors:
 def join_denoiser(denoiser: Tensors) -> Tensors:
     """Return the transformer's weights under the names of Black Forest Labs' files (views)."""
     return Pieced(denoiser, {UNET_PREFIX + file_name(k): k for k in denoiser})
-
-
-def split_flux_vae(weights: Tensors) -> Tensors:
-    """Return the VAE of single-file weights under diffusers' names (views)."""
-    other = below(weights, FLUX_VAE_PREFIX)
-    return split_vae(above(other, VAE_PREFIX) if other else weights)
-
-
-def join_flux_vae(vae: Tensors) -> Tensors:
-    """Return a VAE's weights under the names of ComfyUI's checkpoints (views)."""
-    return above(below(join_vae(vae), VAE_PREFIX), FLUX_VAE_PREFIX)
 
 
 def split_clip(weights: Tensors) -> Tensors:

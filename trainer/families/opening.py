@@ -22,7 +22,7 @@ from .folders import read_hints, sorted_folder
 from .model_files import kinds_of, read_source
 from .quantised import read_quantised
 from .sources import Sources, bring_together, missing_parts, unused_parts
-from .tokenizers import find_tokenizer, load_tokenizer
+from .tokenizers import KINDS, find_tokenizer, load_tokenizer
 
 TRAINABLE = (torch.float32, torch.float16, torch.bfloat16)
 KNOWN_CLASSES = (torch.Tensor, torch.nn.Parameter, PackedTensor)
@@ -39,7 +39,7 @@ class Base:
     host's weights, or on a file's pages, each mapped when asked for; they are never written to. ``owned``
     says that nobody else holds what is loaded. ``name`` is free of folders. ``velocity`` says whether it
     predicts velocity and not noise, ``zero_terminal`` whether its last timestep is noise alone; None where
-    nothing tells. ``notes`` are lines for the log.
+    nothing tells. ``notes`` are lines for the log. ``vae_name`` is that of a VAE in a file of its own.
     """
 
     family: Family
@@ -51,6 +51,7 @@ class Base:
     velocity: bool | None = None
     zero_terminal: bool | None = None
     notes: tuple[str, ...] = ()
+    vae_name: str = ""
 
     @cached_property
     def weights_hash(self) -> str:
@@ -77,7 +78,7 @@ class Base:
 def open_file(
     path: Path,
     *,
-    tokenizer: Path | None,
+    tokenizer: Path | Sequence[Path] | None,
     name: str | None = None,
     allow_download: bool = False,
     vae: Path | None = None,
@@ -97,11 +98,17 @@ def open_file(
     hints = family.velocity_of(weights), family.zero_terminal_of(weights)
     packed = [kinds_of(source) for source in (base, own_vae, *texts) if source]
     notes = (*sources.lines, *(line for line in packed if line))
-    return Base(family, name or path.stem, state_dicts, folders, None, True, *hints, notes)
+    name = name or path.stem
+    own = vae.stem if vae else ""
+    return Base(family, name, state_dicts, folders, None, True, *hints, notes, own)
 
 
 def open_folder(
-    path: Path, *, tokenizer: Path | None, name: str | None = None, allow_download: bool = False
+    path: Path,
+    *,
+    tokenizer: Path | Sequence[Path] | None,
+    name: str | None = None,
+    allow_download: bool = False,
 ) -> Base:
     """Open a diffusers folder (unet/ or transformer/, vae/, text_encoder/, ...) of safetensors files."""
     family, state_dicts = sorted_folder(path, FAMILIES)
@@ -141,19 +148,40 @@ def open_weights(
 def _tokenizers(
     family: Family,
     state_dicts: Mapping[str, Tensors],
-    folder: Path | None,
+    given: Path | Sequence[Path] | None,
     *,
     inside: Path | None = None,
     allow_download: bool,
 ) -> dict[str, str]:
-    """Find the tokenizers of the text encoders that are there; ``folder`` is the first one's, if given."""
+    """Find the tokenizers of the text encoders that are there, in ``given`` folders by their files.
+
+    Raises LG-BASE-007 for a given folder that is none of them, LG-BASE-008 for one that is not found.
+    """
+    left = [given] if isinstance(given, Path) else list(given or ())
     found: dict[str, str] = {}
     for part, kind in family.encoders.items():
-        if part in state_dicts and kind not in found:
-            here = None if inside is None else inside / part.replace("text_encoder", "tokenizer")
-            given = folder if part == TEXT_ENCODERS[0] else None
-            found[kind] = find_tokenizer(given, kind=kind, inside=here, allow_download=allow_download)
+        if part not in state_dicts or kind in found:
+            continue
+        own = next((folder for folder in left if KINDS[kind].lies_in(folder)), None)
+        if own is None and left and len(found) + len(left) == _num_kinds(family, state_dicts):
+            own = left[0]  # there is one for each kind, so this was meant
+        left = [folder for folder in left if folder is not own]
+        here = None if inside is None else inside / part.replace("text_encoder", "tokenizer")
+        found[kind] = find_tokenizer(own, kind=kind, inside=here, allow_download=allow_download)
+    if left:
+        find_tokenizer(left[0], kind=next(iter(found)))  # refuses it where it is another kind's
+        raise LoraGraftError(
+            "LG-BASE-007",
+            "More tokenizer folders were given than the base model has kinds of tokenizers.",
+            where=listed(str(folder) for folder in left),
+            why=f"{family.name} has: {listed(found)}.",
+            fix="leave the others out",
+        )
     return found
+
+
+def _num_kinds(family: Family, state_dicts: Mapping[str, Tensors]) -> int:
+    return len({kind for part, kind in family.encoders.items() if part in state_dicts})
 
 
 def _present(state_dicts: Mapping[str, Tensors]) -> list[str]:
@@ -182,6 +210,11 @@ def _view(weight: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(False):
         view = torch.empty(0, dtype=weight.dtype, device=weight.device)
         return view.set_(weight.untyped_storage(), weight.storage_offset(), weight.size(), weight.stride())
+
+
+def hash_parts(state_dicts: Mapping[str, Tensors]) -> str:
+    """Return ``Base.weights_hash`` for the weights of parts."""
+    return _hash(state_dicts)
 
 
 def hash_weights(weights: Mapping[str, torch.Tensor]) -> str:

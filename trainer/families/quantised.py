@@ -64,7 +64,10 @@ class QuantisedWeights(Mapping[str, torch.Tensor]):
         used = {k for k in weights if k.endswith((OF_LAYER, *SCALES, *INPUTS, SECOND_SCALE))}
         used |= {k for k in weights if k == OLD_MARK or k.endswith(f".{OLD_MARK}")}
         self._names = [k for k in weights if k not in used]
-        self.kinds = dict(Counter(layer.kind for layer in layers.values()))
+        marked = (layer.kind for layer in layers.values())
+        unmarked = (k for k in self._names if k.removesuffix(".weight") not in layers)
+        plain = (FP8[weights[k].dtype] for k in unmarked if weights[k].dtype in FP8 and weights[k].ndim > 1)
+        self.kinds = dict(Counter((*marked, *plain)))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         weight = self._weights[name]
@@ -182,7 +185,7 @@ def _packed(kind: str, shape: torch.Size, **tensors: torch.Tensor | None) -> Pac
 
 def _fp8(weight: torch.Tensor, scales: _Scales, config: Config) -> Packed:
     """fp8, its scale a number for all or one a row; bytes of a file that says so are fp8 too."""
-    kind = FP8.get(weight.dtype, config.get("format", ""))
+    kind = FP8.get(weight.dtype) or str(config["format"])
     if weight.element_size() != 1:
         raise ValueError(f"its weight is {weight.dtype}")
     scale = scales.by_row(weight.shape[0], *SCALES) if weight.ndim else None

@@ -88,6 +88,7 @@ class QwenImage:
         "guidance_scale": "Qwen-Image is not distilled and is told no guidance",
         "apply_t5_attn_mask": "padding is always hidden from Qwen-Image",
         "attention": "padding is hidden by torch's own attention",
+        "train_norm": "the layer norms of Qwen-Image's blocks have no weights",
     }
     defaults: Mapping[str, Any] = {
         "text_encoder_lr": 0.0,

@@ -29,7 +29,7 @@ from .ldm_keys import (
 )
 from .ldm_vae import join_vae, split_vae, vae_from_folder
 from .targets import find_targets
-from .unet import block_of, predict_unet, unet_config
+from .unet import block_of, check_context, predict_unet, unet_config
 from .unet_kinds import refuse_relatives, unet_kind
 from .weights import Renamed, joined
 from .words import add_words, word_rows
@@ -120,6 +120,7 @@ class SD15:
         vae = load_vae(state_dicts["vae"], TITLE, scaling_factor=SCALING_FACTOR)
         text = clip_text.load_clip_text(text_sd, tokenizers["text_encoder"], TITLE)
         assign(unet, unet_sd, "U-Net", TITLE)
+        check_context(unet, clip_text.text_width(text), TITLE)
         return Parts(unet, vae, nn.ModuleDict({"text_encoder": text}), tokenizers)
 
     def latent_shape(self, parts: Parts, height: int, width: int) -> tuple[int, ...]:

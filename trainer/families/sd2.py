@@ -27,7 +27,7 @@ from .ldm_vae import join_vae, split_vae, vae_from_folder
 from .openclip import HF_LAYER, HF_PROJECTION, from_hf, named_by_hf, to_hf, without
 from .pieces import Pieced, Recipe
 from .targets import find_targets
-from .unet import block_of, predict_unet, unet_config
+from .unet import block_of, check_context, predict_unet, unet_config
 from .unet_kinds import heads_of, refuse_relatives, unet_kind
 from .weights import Renamed, joined
 from .words import add_words, word_rows
@@ -142,6 +142,7 @@ class SD2:
         vae = load_vae(state_dicts["vae"], TITLE, scaling_factor=SCALING_FACTOR)
         text = clip_text.load_clip_text(text_sd, tokenizers["text_encoder"], TITLE, activation="gelu")
         assign(unet, unet_sd, "U-Net", TITLE)
+        check_context(unet, clip_text.text_width(text), TITLE)
         return Parts(unet, vae, nn.ModuleDict({"text_encoder": text}), tokenizers)
 
     def latent_shape(self, parts: Parts, height: int, width: int) -> tuple[int, ...]:

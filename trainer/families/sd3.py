@@ -47,6 +47,9 @@ ACTIVATIONS = {CLIP_L: "quick_gelu", CLIP_G: "gelu"}
 PATCH = 16  # pixels a token
 TITLE = "SD3"
 TEXTS = {CLIP_L: "clip_l", CLIP_G: "clip_g", T5: "t5xxl"}  # part -> kind in a single file
+CONVOLUTIONS = "SD3's blocks have no convolutions"
+BLOCK_WEIGHTS = "SD3 has no down, middle and up blocks; network_reg_lrs sets the rates of single blocks"
+BLOCK_DIMS = "SD3 has no down, middle and up blocks; network_reg_dims sets the ranks of single blocks"
 BLOCK = MMDIT_PREFIX + "joint_blocks.0."
 NEEDED = ("joint_blocks.0.context_block.attn.qkv.weight", "x_embedder.proj.weight", "pos_embed")
 
@@ -94,9 +97,11 @@ class SD3:
         "clip_skip": "SD3 learnt from the last layer but one of both CLIPs",
         "weighted_captions": "SD3's conditioning is made of three encoders",
         "train_embeddings": "a word would need vectors in three encoders",
-        "conv_dim": "SD3's blocks have no convolutions",
         "train_norm": "SD3's layers are normalised without weights of their own",
-        "v_parameterization": "SD3 predicts the velocity of a flow",
+        "guidance_scale": "SD3 is not distilled and is told no guidance",
+        **dict.fromkeys(("conv_dim", "conv_block_dims", "conv_block_alphas"), CONVOLUTIONS),
+        **dict.fromkeys(("down_lr_weight", "mid_lr_weight", "up_lr_weight"), BLOCK_WEIGHTS),
+        **dict.fromkeys(("block_dims", "block_alphas"), BLOCK_DIMS),
     }
     defaults: Mapping[str, Any] = {"model_prediction_type": "denoised", "timestep_sampling": "uniform"}
 
@@ -165,20 +170,15 @@ class SD3:
 
     def latent_shape(self, parts: Parts, height: int, width: int) -> tuple[int, ...]:
         """Return (16, height / 8, width / 8); raises LG-CFG-004 beyond what the model has positions for."""
-        config = cast(Any, parts.denoiser).config
-        longest = config.pos_embed_max_size * PATCH
-        if max(height, width) > longest:
-            raise LoraGraftError(
-                "LG-CFG-004",
-                f"An image of {width}x{height} pixels is too large for this model.",
-                where="resolution",
-                why=f"it knows positions up to {longest} pixels a side.",
-                fix=f"choose a resolution and buckets of at most {longest} pixels a side",
-            )
-        return (config.in_channels, height // 8, width // 8)
+        check_size(parts, height, width)
+        return (cast(Any, parts.denoiser).config.in_channels, height // 8, width // 8)
 
     def encode_images(self, parts: Parts, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode pixels (B, 3, H, W) in [-1, 1] into mean and std of their latents, float32, unscaled."""
+        """Encode pixels (B, 3, H, W) in [-1, 1] into mean and std of their latents, float32, unscaled.
+
+        Raises LG-CFG-004 as `latent_shape` does: before the first step, not within it.
+        """
+        check_size(parts, *pixels.shape[2:])
         return moments_of(parts.vae, pixels)
 
     def latents(self, moments: Tensors, noise: torch.Tensor) -> torch.Tensor:
@@ -242,6 +242,19 @@ class SD3:
         Blocks have neither convolutions nor weights of normalisation.
         """
         return find_sd3_targets(parts, preset)
+
+
+def check_size(parts: Parts, height: int, width: int) -> None:
+    """Raise LG-CFG-004 for an image, in pixels, that is larger than the model's table of positions."""
+    longest = cast(Any, parts.denoiser).config.pos_embed_max_size * PATCH
+    if max(height, width) > longest:
+        raise LoraGraftError(
+            "LG-CFG-004",
+            f"An image of {width}x{height} pixels is too large for this model.",
+            where="resolution",
+            why=f"it knows positions up to {longest} pixels a side.",
+            fix=f"choose a resolution and buckets of at most {longest} pixels a side",
+        )
 
 
 def _named(part: str, weights: Tensors, prefix: str) -> Tensors:

@@ -27,7 +27,7 @@ from .ldm_vae import join_vae, split_vae, vae_from_folder
 from .openclip import HF_PROJECTION, from_hf, named_by_hf, to_hf, without
 from .pieces import Pieced
 from .sdxl_unet import config_of, sdxl_targets
-from .unet import predict_unet
+from .unet import check_context, predict_unet
 from .unet_kinds import refuse_relatives, unet_kind
 from .weights import Renamed, joined
 
@@ -61,7 +61,7 @@ class SDXL:
     look = Look(25, 6.0)
     ignored: Mapping[str, str] = {
         "clip_skip": "SDXL always reads both text encoders before their last layer",
-        "train_embeddings": "a word would need an embedding for each of the two text encoders",
+        "train_embeddings": "SDXL has two text encoders, and a word would need an embedding for each",
     }
     defaults: Mapping[str, Any] = {}
 
@@ -126,6 +126,7 @@ class SDXL:
             for part, activation in ((CLIP_L, "quick_gelu"), (CLIP_G, "gelu"))
         }
         assign(unet, unet_sd, "U-Net", TITLE)
+        check_context(unet, sum(clip_text.text_width(encoder) for encoder in encoders.values()), TITLE)
         return Parts(unet, vae, nn.ModuleDict(encoders), tokenizers)
 
     def latent_shape(self, parts: Parts, height: int, width: int) -> tuple[int, ...]:

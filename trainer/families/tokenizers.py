@@ -19,7 +19,8 @@ PACK = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of tokenizer: its class in transformers, its files, its folder in a ComfyUI, its hub name.
+    """A kind of tokenizer: its class in transformers, its files, its folder in a ComfyUI if it has one,
+    and its hub name.
 
     A folder has it that holds all files of one of the sets in ``files``.
     """
@@ -27,7 +28,7 @@ class Kind:
     title: str
     reader: str
     files: tuple[tuple[str, ...], ...]
-    in_comfyui: str
+    in_comfyui: str | None
     hub: str
 
     def lies_in(self, folder: Path) -> bool:
@@ -57,6 +58,13 @@ KINDS: Mapping[str, Kind] = {
         "comfy/text_encoders/qwen25_tokenizer",
         "Qwen/Qwen3-4B",
     ),
+    "gemma": Kind(
+        "Gemma's",
+        "AutoTokenizer",  # transformers 4 and 5 have it under different names
+        (("tokenizer.json", "tokenizer_config.json"),),
+        None,
+        "google/gemma-2-2b",
+    ),
 }
 
 
@@ -83,7 +91,7 @@ def find_tokenizer(
         return str(inside)
     hosts = [Path(os.environ["COMFYUI_PATH"])] if os.environ.get("COMFYUI_PATH") else []
     for host in [*hosts, PACK.parent.parent]:
-        if wanted.lies_in(host / wanted.in_comfyui):
+        if wanted.in_comfyui is not None and wanted.lies_in(host / wanted.in_comfyui):
             return str(host / wanted.in_comfyui)
     try:
         _reader(wanted).from_pretrained(wanted.hub, local_files_only=not allow_download)
@@ -93,8 +101,8 @@ def find_tokenizer(
             f"{wanted.title} tokenizer was not found.",
             where="tokenizer",
             why="a single-file checkpoint holds no tokenizer, and none is shipped with this package.",
-            fix=f"one of: --tokenizer FOLDER (ComfyUI has it in {wanted.in_comfyui}), COMFYUI_PATH, "
-            "a diffusers folder as the base, the Hugging Face cache, or --allow-download",
+            fix=f"one of: {_from_folder(wanted)}a diffusers folder as the base, the Hugging Face cache, "
+            "or --allow-download",
         ) from None
     return wanted.hub
 
@@ -118,6 +126,12 @@ def _reader(kind: Kind) -> Any:
     import transformers
 
     return getattr(transformers, kind.reader)
+
+
+def _from_folder(kind: Kind) -> str:
+    if kind.in_comfyui is None:
+        return "--tokenizer FOLDER, "
+    return f"--tokenizer FOLDER (ComfyUI has it in {kind.in_comfyui}), COMFYUI_PATH, "
 
 
 def _named(kind: Kind) -> list[str]:

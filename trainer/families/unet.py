@@ -10,7 +10,7 @@ import torch
 
 from ..block_weights import SD1
 from .base import Tensors
-from .building import count, first
+from .building import count, first, unfit
 
 IN_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.")
 
@@ -50,6 +50,13 @@ def block_of(path: str) -> int | None:
     third = found[3] in ("downsamplers", "upsamplers")
     index = 3 * int(found[2]) + (2 if third else int(found[4]))
     return 1 + index if found[1] == "down" else SD1.down + SD1.mid + index
+
+
+def check_context(unet: Any, width: int, family: str) -> None:
+    """Raise LG-BASE-003 where the U-Net reads text of another width than its text encoders give."""
+    wanted = unet.config.cross_attention_dim
+    if wanted != width:
+        raise unfit("text encoder", family, f"U-Net: context width {wanted}; text encoder: {width}")
 
 
 def predict_unet(

@@ -15,9 +15,11 @@ from ..contradictions.refusals import contradiction
 from ..errors import one_line
 from . import kohya_table as table
 from .imported import MAX_BYTES, Findings, Imported, not_readable
+from .kohya_flow import flow_settings
 from .kohya_network import read_network
+from .kohya_scripts import FLUX, TRANSFORMERS, Script
 from .kohya_text import read_values
-from .kohya_values import library_options, optimizer, relative_steps, resolution, text_encoder_lr
+from .kohya_values import encoder_rates, library_options, optimizer, relative_steps, resolution
 
 # A setting, what it needs one of; kohya's trainer goes on without it where there is none of them.
 WITHOUT_EFFECT: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -30,8 +32,12 @@ WITHOUT_EFFECT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("sample_at_first", ("sample_prompts",)),
 )
 SAVES = ("save_every_n_epochs", "save_n_epoch_ratio", "save_every_n_steps")
-# How kohya's trainer draws samples where a prompt does not say.
-SAMPLE_DEFAULTS = {"sample_steps": 30, "sample_cfg": 7.5}
+SCHNELL, CHROMA = "schnell", "chroma"
+UNET_ONLY, KEPT = "network_train_unet_only", "cache_text_encoder_outputs"
+OF_CHROMA = {
+    "guidance_scale": "Chroma is told no guidance",
+    "apply_t5_attn_mask": "T5's padding is always hidden from Chroma",
+}
 
 
 def read_kohya(text: str, *, where: str = "config") -> Imported:
@@ -39,8 +45,9 @@ def read_kohya(text: str, *, where: str = "config") -> Imported:
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
         raise not_readable(where, f"it is larger than {MAX_BYTES // 2**20} MiB.")
     found = Findings(where)
-    values = read_values(text, where, found)
+    script, values = read_values(text, where, found)
     found.raise_any()
+    values = _looked_at(script, values, found)
     settings: dict[str, Any] = {}
     places: dict[str, str] = {}
     for name, value in values.items():
@@ -51,14 +58,13 @@ def read_kohya(text: str, *, where: str = "config") -> Imported:
         elif name in table.REFUSED and value not in table.REFUSED[name][1]:
             _, _, why, fix = table.REFUSED[name]
             found.refuse(f"{name} {one_line(str(value), 60)}", why, fix)
-        elif (name in table.HONOURED or name in table.ALSO) and not (
-            value == 0 and name in table.ZERO_IS_OFF
-        ):
+        elif name in table.HONOURED and not (value == 0 and name in table.ZERO_IS_OFF):
             settings[name] = value
-    filled = frozenset(name for name in table.KOHYA_DEFAULTS if name not in settings)
-    _fill_defaults(settings, found)
-    _translate(values, settings, found)
-    _drop_idle(settings, places, found)
+    defaults = _defaults_of(script, values, found)
+    filled = frozenset(name for name in defaults if name not in settings)
+    _fill_defaults(settings, defaults, found)
+    _translate(script, values, settings, found)
+    _drop_idle(script, settings, places, found)
     reading = _reading(values, found)
     _one_dataset(values, places, found)
     found.raise_any()
@@ -66,12 +72,30 @@ def read_kohya(text: str, *, where: str = "config") -> Imported:
     return Imported(settings, places, reading, tuple(found.notes), filled)
 
 
-def _fill_defaults(settings: dict[str, Any], found: Findings) -> None:
+def _looked_at(script: Script, values: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+    """Return the values without those that the script has and never looks at."""
+    for name, why in script.idle.items():
+        if values.get(name):
+            shown = one_line(str(values[name]).lower(), 40)
+            found.notes.append(f"{name} {shown}: {script.program} does nothing with it ({why}).")
+    return {name: value for name, value in values.items() if name not in script.idle}
+
+
+def _defaults_of(script: Script, values: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+    """Return what the script takes where the config says nothing."""
+    own = dict(script.defaults)
+    base = re.split(r"[\\/]", str(values.get("pretrained_model_name_or_path", "")))[-1]
+    if "guidance_scale" in own and (SCHNELL in base.casefold() or values.get("model_type") == CHROMA):
+        del own["guidance_scale"]
+    return {**table.KOHYA_DEFAULTS, **own}
+
+
+def _fill_defaults(settings: dict[str, Any], defaults: Mapping[str, Any], found: Findings) -> None:
     if settings.get("lr_scheduler_type"):
         if settings.pop("lr_scheduler", None):
             found.notes.append("lr_scheduler: lr_scheduler_type takes its place, as in kohya's trainer.")
         settings["lr_scheduler"] = TrainConfig().lr_scheduler
-    filled = {name: value for name, value in table.KOHYA_DEFAULTS.items() if name not in settings}
+    filled = {name: value for name, value in defaults.items() if name not in settings}
     settings.update(filled)
     if filled:
         said = ", ".join(f"{name} {value}" for name, value in filled.items())
@@ -80,16 +104,13 @@ def _fill_defaults(settings: dict[str, Any], found: Findings) -> None:
         found.notes.append(f"seed: {TrainConfig().seed} is taken; {table.KEPT_DEFAULTS['seed']}.")
 
 
-def _translate(values: Mapping[str, Any], settings: dict[str, Any], found: Findings) -> None:
+def _translate(script: Script, values: Mapping[str, Any], settings: dict[str, Any], found: Findings) -> None:
     """Add the settings of TRANSLATED arguments."""
     if "resolution" in values:
         side = resolution(values["resolution"], found)
         if side is not None:
             settings["resolution"] = side
-    if "text_encoder_lr" in values:
-        settings["text_encoder_lr"] = text_encoder_lr(values["text_encoder_lr"], found)
     settings["optimizer_type"] = optimizer(values, found)
-    relative_steps(settings, found)
     options = library_options(settings["optimizer_type"], settings.get("optimizer_args", []), found)
     if options:
         settings["optimizer_args"] = options
@@ -108,10 +129,34 @@ def _translate(values: Mapping[str, Any], settings: dict[str, Any], found: Findi
         settings["network_dim"],
         settings["network_alpha"] or settings["network_dim"],
         found,
+        script,
     )
+    settings |= encoder_rates(script, values.get("text_encoder_lr"), settings, found)
+    relative_steps(settings, found)
+    if script.program == FLUX and settings["lr_scheduler"] == "adafactor" and not settings.get(UNET_ONLY):
+        found.refuse(
+            "optimizer_type Adafactor with relative_step while CLIP is trained",
+            "it takes no rates, and without one Flux's text encoders are left out",
+            "set network_train_unet_only, or add relative_step=False to optimizer_args",
+        )
+    settings |= flow_settings(script, values, found)
+    _of_text(script, values, settings, found)
     _explain(settings, found)
     if any(settings.get(name) for name in SAVES):
         settings["publish_checkpoints"] = True
+
+
+def _of_text(script: Script, values: Mapping[str, Any], settings: dict[str, Any], found: Findings) -> None:
+    """Add what one setting of the texts means for another."""
+    if values.get("cache_text_encoder_outputs_to_disk"):
+        settings[KEPT] = True
+    if script.program in TRANSFORMERS and settings.get(KEPT) and settings.get("text_encoder_lr"):
+        del settings[KEPT]
+        found.notes.append(f"{KEPT}: CLIP is trained, so captions are encoded at each step.")
+    if values.get("model_type") == CHROMA:
+        for name in (name for name in OF_CHROMA if settings.pop(name, None)):
+            found.notes.append(f"{name}: {OF_CHROMA[name]}.")
+        settings.pop("guidance_scale", None)
 
 
 def _explain(settings: Mapping[str, Any], found: Findings) -> None:
@@ -129,14 +174,14 @@ def _explain(settings: Mapping[str, Any], found: Findings) -> None:
             )
 
 
-def _drop_idle(settings: dict[str, Any], places: Mapping[str, str], found: Findings) -> None:
+def _drop_idle(script: Script, settings: dict[str, Any], places: Mapping[str, str], found: Findings) -> None:
     """Drop what has no effect in kohya's trainer either, and say so."""
     for name, needed in WITHOUT_EFFECT:
         if settings.get(name) and not any(settings.get(other) or places.get(other) for other in needed):
             del settings[name]
             found.notes.append(f"{name}: without {' or '.join(needed)} it does nothing.")
     if "sample_prompts" in places:
-        settings.update(SAMPLE_DEFAULTS)
+        settings |= {"sample_steps": script.sample_steps, "sample_cfg": script.sample_cfg}
 
 
 def _check_kept_tokens(settings: Mapping[str, Any], places: Mapping[str, str], where: str) -> None:

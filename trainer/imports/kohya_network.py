@@ -13,11 +13,12 @@ from typing import Any
 from ..errors import one_line
 from ..settings.presets import PRESETS
 from .imported import Findings
+from .kohya_blocks import DIMS, INDICES, block_settings
+from .kohya_scripts import UNNAMED, Script
 
-MODULES = ("networks.lora", "networks.dylora", "lycoris.kohya", "locon.locon_kohya")
+FLUX, SD3 = "networks.lora_flux", "networks.lora_sd3"
+MODULES = ("networks.lora", FLUX, SD3, "networks.dylora", "lycoris.kohya", "locon.locon_kohya")
 FOREIGN_MODULES = {
-    "networks.lora_flux": "Flux",
-    "networks.lora_sd3": "SD3",
     "networks.lora_lumina": "Lumina",
     "networks.lora_hunyuan_image": "HunyuanImage",
     "networks.lora_anima": "Anima",
@@ -72,6 +73,14 @@ BLOCKS = _keys(
     conv_block_alphas=PLAIN,
 )
 PATTERNS = _keys(network_reg_dims=WORDS, network_reg_lrs=WORDS)
+
+
+def _chosen(module: str) -> dict[str, Key]:
+    """Return the keys that choose layers, and train_t5xxl; kohya_blocks says what becomes of the first."""
+    kinds = {**dict.fromkeys(DIMS[module], WHOLE), **dict.fromkeys(INDICES[module], PLAIN)}
+    return _keys(**kinds, train_t5xxl=SWITCH)
+
+
 LYCORIS = {
     **DROPOUTS,
     **LORA_PLUS,
@@ -84,38 +93,60 @@ LYCORIS = {
 }
 KEYS: Mapping[str, Mapping[str, Key]] = {
     "networks.lora": {**DROPOUTS, **LORA_PLUS, **CONV, **BLOCKS, **PATTERNS},
+    FLUX: {**DROPOUTS, **LORA_PLUS, **CONV, **PATTERNS, **_chosen(FLUX), **_keys(train_blocks=PLAIN)},
+    SD3: {**DROPOUTS, **LORA_PLUS, **CONV, **_chosen(SD3)},
     "networks.dylora": {**LORA_PLUS, **CONV, "unit": Key("unit", WHOLE)},
     "lycoris.kohya": LYCORIS,
     "locon.locon_kohya": {**DROPOUTS, **CONV},
 }
+_OUTSIDE = "layers outside of the blocks have no ranks of their own"
+_EVERYTHING = "remove it; preset everything of lycoris.kohya trains them too"
 # Keys that a module reads and that cannot be honoured: the values that ask for nothing, why, what to do.
 REFUSED: Mapping[str, tuple[tuple[str, ...], str, str]] = {
     "disable_conv_cp": (("true", "1"), "it is an old name", "use_tucker=True means the same"),
     "use_scalar": (("false", "0"), "no factor is trained beside alpha", "remove it"),
     "bypass_mode": (("false", "0"), "the way of computing is chosen by the engine", "remove it"),
-    "train_t5xxl": (("false", "0"), "Stable Diffusion 1.5 has no T5", "remove it"),
-    "verbose": (("false", "0"), "it prints every module", "remove it"),
+    "train_t5xxl": (("false", "0"), "the base model has no T5", "remove it"),
+    "split_qkv": (
+        ("false", "0"),
+        "one LoRA lies over query, key and value, as where nothing is said",
+        "remove it",
+    ),
+    "in_dims": (("[0,0,0,0,0]", "0,0,0,0,0"), _OUTSIDE, _EVERYTHING),
+    "emb_dims": (("[0,0,0,0,0,0]", "0,0,0,0,0,0"), _OUTSIDE, _EVERYTHING),
+    **dict.fromkeys(("ggpo_sigma", "ggpo_beta"), ((), "no noise is added to the weights", "remove it")),
 }
 MAX_DIM, LYCORIS_UNIT = 1024, 4
+# Where all layers are linear, presets with convolutions mean those without.
+LINEAR_LAYERS = {"full": "full-lin", "unet-only": "unet-transformer-only"}
 # LyCORIS' names for what is one algorithm here.
 ALGO_NAMES = {"diag-oft": "oft", "lora": "locon"}
 SWITCHES = {"true": True, "1": True, "false": False, "0": False}
 
 
 def read_network(
-    module: str | None, arguments: Iterable[str], dim: int, alpha: float, found: Findings
+    module: str | None,
+    arguments: Iterable[str],
+    dim: int,
+    alpha: float,
+    found: Findings,
+    script: Script = UNNAMED,
 ) -> dict[str, Any]:
     """Return the settings of a network; ``dim`` and ``alpha`` are network_dim and network_alpha.
 
     Faults and notes go to ``found``: an unknown module or key, a value of the wrong kind.
+    ``train_t5xxl`` is handed on; the caller knows its rate.
     """
-    module = module or "networks.lora"
+    module = module or script.module
+    if module == "networks.lora" and script.module != module:
+        found.notes.append(f"network_module {module}: for {script.base} it means {script.module}.")
+        module = script.module
     if module not in KEYS:
         if module in FOREIGN_MODULES:
             found.refuse(
                 f"network_module {module}",
                 f"it is for {FOREIGN_MODULES[module]}",
-                f"use {' or '.join(MODULES[:3])} with an SD 1.5 base",
+                f"use {script.module} or lycoris.kohya",
             )
         else:
             found.refuse(
@@ -124,9 +155,19 @@ def read_network(
                 f"use one of {', '.join(MODULES)}",
             )
         return {}
+    if module in DIMS and module != script.module:
+        found.refuse(
+            f"network_module {module}",
+            f"{script.program} trains {script.base}",
+            f"use {script.module}, or the script for {module.rpartition('_')[2]}",
+        )
+        return {}
     given = _pairs(arguments, found)
     result = _settings(module, given, found)
-    return _with_defaults(module, result, dim, alpha, found)
+    if module in DIMS:
+        result = _of_transformer(module, result, found)
+    result = _with_defaults(module, result, dim, alpha, found)
+    return _without_convolutions(result, found) if script.module in DIMS else result
 
 
 def _pairs(arguments: Iterable[str], found: Findings) -> dict[str, str]:
@@ -146,6 +187,9 @@ def _settings(module: str, given: Mapping[str, str], found: Findings) -> dict[st
     known = KEYS[module]
     result: dict[str, Any] = {}
     for name, text in given.items():
+        if name == "verbose":
+            found.notes.append("network_args verbose: it prints modules; the run's log says what is trained.")
+            continue
         if name in REFUSED and name not in known:
             harmless, why, fix = REFUSED[name]
             if text.casefold() not in harmless:
@@ -176,18 +220,44 @@ def _unknown(module: str, name: str, found: Findings) -> None:
         found.not_known(name, KEYS[module])
 
 
+def _of_transformer(module: str, result: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+    """Return the settings with the keys that choose layers as patterns."""
+    keys = {*DIMS[module], *INDICES[module], "train_blocks"}
+    chosen = block_settings(module, {k: v for k, v in result.items() if k in keys}, found)
+    rest = {k: v for k, v in result.items() if k not in keys}
+    if "network_reg_dims" in rest and "train_modules" in chosen:
+        found.refuse(
+            "network_args network_reg_dims together with chosen blocks",
+            "kohya's trainer trains what a pattern fits in blocks that are left out, too",
+            "leave blocks out by patterns of rank 0",
+        )
+    ranks = [*rest.get("network_reg_dims", []), *chosen.get("network_reg_dims", [])]
+    return {**rest, **chosen, **({"network_reg_dims": ranks} if ranks else {})}
+
+
+def _without_convolutions(result: dict[str, Any], found: Findings) -> dict[str, Any]:
+    """Return the settings for a base without convolutions, where conv_dim does nothing."""
+    dropped = [name for name in ("conv_dim", "conv_alpha") if name in result]
+    if dropped:
+        found.notes.append(f"network_args {' and '.join(dropped)}: there are no convolutions to train.")
+    kept = {name: value for name, value in result.items() if name not in dropped}
+    if (preset := kept.get("preset")) in LINEAR_LAYERS:
+        kept["preset"] = LINEAR_LAYERS[preset]
+    if kept.get("algo") == "locon":
+        kept["algo"] = "lora"
+    return kept
+
+
 def _with_defaults(
     module: str, result: dict[str, Any], dim: int, alpha: float, found: Findings
 ) -> dict[str, Any]:
     """Return the settings with what the module takes where network_args say nothing."""
-    if module == "networks.lora":
+    if module in ("networks.lora", FLUX, SD3):
         if "conv_dim" in result:
             result.setdefault("conv_alpha", 1.0)
-        for name in PATTERNS:
+        for name in PATTERNS if module == "networks.lora" else ():
             if name in result:
-                found.notes.append(
-                    f"network_args {name}: networks.lora ignores it for SD 1.5; here it counts."
-                )
+                found.notes.append(f"network_args {name}: networks.lora ignores it; here it counts.")
         return result
     if module == "networks.dylora":
         return {"algo": "dylora", **result}

@@ -1,8 +1,9 @@
-"""Every argument of kohya's train_network.py and what becomes of it here.
+"""Every argument of kohya's scripts for LoRAs and what becomes of it here.
 
-An argument stands in exactly one table. HONOURED: the setting of the same name. TRANSLATED: a setting of
-another name or form. PLACES: a path. NOTED: what it asks for is always done, or means nothing here; a note
-says why. REFUSED: it would change the result and cannot be honoured. Facts: sd-scripts 0.10.1.
+kohya_scripts says which script has which. An argument stands in exactly one table. HONOURED: the setting of
+the same name. TRANSLATED: a setting of another name or form. PLACES: a path. NOTED: what it asks for is
+always done, or means nothing here; a note says why. REFUSED: it would change the result and cannot be
+honoured. Facts: sd-scripts 0.10.1.
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ HONOURED: dict[str, str] = {
     "clip_skip": WHOLE,
     "max_token_length": WHOLE,
     "weighted_captions": SWITCH,
+    "cache_text_encoder_outputs": SWITCH,
+    "t5xxl_max_token_length": WHOLE,
+    "apply_t5_attn_mask": SWITCH,
+    "guidance_scale": NUMBER,
     "shuffle_caption": SWITCH,
     "caption_separator": TEXT,
     "keep_tokens": WHOLE,
@@ -90,6 +95,7 @@ HONOURED: dict[str, str] = {
     "train_batch_size": WHOLE,
     "gradient_accumulation_steps": WHOLE,
     "gradient_checkpointing": SWITCH,
+    "blocks_to_swap": WHOLE,
     "mixed_precision": TEXT,
     "seed": WHOLE,
     "cache_latents": SWITCH,
@@ -134,11 +140,27 @@ TRANSLATED: dict[str, str] = {
     "masked_loss": SWITCH,
     "in_json": TEXT,
     "dataset_repeats": WHOLE,
+    "cache_text_encoder_outputs_to_disk": SWITCH,
+    "timestep_sampling": TEXT,
+    "sigmoid_scale": NUMBER,
+    "discrete_flow_shift": NUMBER,
+    "training_shift": NUMBER,
+    "weighting_scheme": TEXT,
+    "logit_mean": NUMBER,
+    "logit_std": NUMBER,
+    "mode_scale": NUMBER,
+    "model_prediction_type": TEXT,
+    "model_type": TEXT,
 }
 
 # name -> what lies there.
 PLACES: dict[str, str] = {
     "pretrained_model_name_or_path": "base model",
+    "vae": "VAE",
+    "ae": "VAE",
+    "clip_l": "text encoder",
+    "clip_g": "text encoder",
+    "t5xxl": "text encoder",
     "train_data_dir": "image folder",
     "reg_data_dir": "folder of regularisation images",
     "dataset_config": "dataset config",
@@ -210,27 +232,22 @@ NOTED: dict[str, tuple[str, str]] = {
     "huggingface_token": (TEXT, "nothing is uploaded; tokens are not read"),
     "huggingface_repo_visibility": (TEXT, "nothing is uploaded"),
     "async_upload": (SWITCH, "nothing is uploaded"),
+    "v2": (SWITCH, "the base model's weights tell"),
+    "disable_mmap_load_safetensors": (SWITCH, "weights are read straight to where they are used"),
+    "text_encoder_batch_size": (WHOLE, "the batch size of encoding changes no result"),
+    "split_mode": (SWITCH, "memory=auto swaps blocks where a run would not fit"),
+    **dict.fromkeys(("save_clip", "save_t5xxl"), (SWITCH, "kohya's trainer has not made it work either")),
+    **dict.fromkeys(("t5xxl_device", "t5xxl_dtype"), (TEXT, "kohya's trainer has not made it work either")),
 }
 
 _EVERY_STEP = "it changes the pixels at every use, but pictures are encoded once and kept"
 _NO_UPLOAD = "nothing is ever uploaded or fetched"
 _NO_DEEPSPEED = "nothing of a run is spread over devices but its pictures"
 _EXACT = "a run continues by itself at exactly the step where it stopped"
+_POSITIONS = "places in a picture are numbered as the base model learnt them"
 _CROP = "remove it, and crop beforehand (loragraft dataset crop)"
 # name -> (kind, values that ask for nothing, why it cannot be honoured, what to do)
 REFUSED: dict[str, tuple[str, tuple[Any, ...], str, str]] = {
-    "v2": (
-        SWITCH,
-        (False,),
-        "the base is Stable Diffusion 2, of which no family is here",
-        "use an SD 1.5 base",
-    ),
-    "vae": (
-        TEXT,
-        (),
-        "the base model's own VAE is used",
-        "bake it in: loragraft convert-checkpoint BASE --vae FILE; or remove vae",
-    ),
     "color_aug": (SWITCH, (False,), _EVERY_STEP, "remove it; flip_aug works"),
     "random_crop": (SWITCH, (False,), _EVERY_STEP, _CROP),
     "face_crop_aug_range": (TEXT, (), _EVERY_STEP, _CROP),
@@ -276,6 +293,14 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], str, str]] = {
     "save_state_to_huggingface": (SWITCH, (False,), _NO_UPLOAD, "remove it"),
     "resume_from_huggingface": (SWITCH, (False,), _NO_UPLOAD, "remove it"),
     "config_file": (TEXT, (), "a config names another config", "give that file itself"),
+    "controlnet_model_name_or_path": (TEXT, (), "it is for training a ControlNet", "remove it"),
+    "apply_lg_attn_mask": (SWITCH, (False,), "SD3 reads both CLIPs with their padding", "remove it"),
+    **dict.fromkeys(
+        ("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate"),
+        (NUMBER, (0, 0.0), "captions are left out for all text encoders at once", "use caption_dropout_rate"),
+    ),
+    "pos_emb_random_crop_rate": (NUMBER, (0, 0.0), _POSITIONS, "remove it"),
+    "enable_scaled_pos_embed": (SWITCH, (False,), _POSITIONS, "remove it"),
 }
 
 # What kohya takes where a config says nothing, as far as a default here differs.
@@ -304,7 +329,10 @@ ZERO_IS_OFF = (
 # Keys that lora-scripts writes into its TOML beside kohya's, and the values that ask for nothing.
 # kohya's trainer ignores every one of them.
 LORA_SCRIPTS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "model_train_type": (("sd-lora", "lora-basic", "lora-master"), "use train_network.py's settings"),
+    "model_train_type": (
+        ("sd-lora", "lora-basic", "lora-master", "sdxl-lora", "sd3-lora", "flux-lora"),
+        "use the settings of a LoRA",
+    ),
     "enable_contrastive": ((False,), "remove it"),
     "negative_sampling_method": (("Random-Noise",), "remove it"),
     "noise_strength": ((1, 1.0), "remove it"),
@@ -320,39 +348,6 @@ LORA_SCRIPTS: dict[str, tuple[tuple[Any, ...], str]] = {
 # Tables of a lora-scripts preset that say nothing about training.
 LORA_SCRIPTS_TABLES = ("metadata",)
 
-# Arguments that other scripts of sd-scripts have beside these, and what those train. SDXL's script has
-# cache_text_encoder_outputs, which is a setting here.
-ALSO: dict[str, str] = {"cache_text_encoder_outputs": SWITCH}
-OTHERS: dict[str, str] = {
-    **dict.fromkeys(("cache_text_encoder_outputs_to_disk", "disable_mmap_load_safetensors"), "SDXL and Flux"),
-    **dict.fromkeys(("ae", "discrete_flow_shift", "model_prediction_type", "sigmoid_scale"), "Flux"),
-    **dict.fromkeys(("timestep_sampling", "guidance_scale", "apply_t5_attn_mask", "split_mode"), "Flux"),
-    **dict.fromkeys(("clip_l", "t5xxl", "t5xxl_max_token_length", "weighting_scheme"), "Flux and SD3"),
-    **dict.fromkeys(("blocks_to_swap", "text_encoder_batch_size", "logit_mean"), "Flux and SD3"),
-    **dict.fromkeys(("logit_std", "mode_scale"), "Flux and SD3"),
-    **dict.fromkeys(("clip_g", "training_shift", "save_clip", "save_t5xxl", "t5xxl_dtype"), "SD3"),
-    **dict.fromkeys(("gemma2", "system_prompt", "gemma2_max_token_length"), "Lumina"),
-    **dict.fromkeys(("stop_text_encoder_training",), "the whole model"),
-}
-
-# Scripts of sd-scripts -> what they train, or None for the one whose arguments these are.
-SCRIPTS: dict[str, str | None] = {
-    "train_network.py": None,
-    "sdxl_train_network.py": "SDXL",
-    "sd3_train_network.py": "SD3",
-    "flux_train_network.py": "Flux",
-    "lumina_train_network.py": "Lumina",
-    "hunyuan_image_train_network.py": "HunyuanImage",
-    "anima_train_network.py": "Anima",
-    "train_db.py": "the whole model",
-    "fine_tune.py": "the whole model",
-    "sdxl_train.py": "the whole SDXL model",
-    "flux_train.py": "the whole Flux model",
-    "sd3_train.py": "the whole SD3 model",
-    "train_textual_inversion.py": "embeddings alone",
-    "train_controlnet.py": "a ControlNet",
-}
-
 
 def all_arguments() -> set[str]:
     """Return the name of every argument in the tables."""
@@ -365,8 +360,6 @@ def kind_of(name: str) -> str:
         return HONOURED[name]
     if name in TRANSLATED:
         return TRANSLATED[name]
-    if name in ALSO:
-        return ALSO[name]
     if name in NOTED:
         return NOTED[name][0]
     return REFUSED[name][0] if name in REFUSED else TEXT

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data.kohya_keys import SWITCH
 from ..errors import listed, one_line
+from . import kohya_scripts as scripts
 from . import kohya_table as table
 from .command_text import Command, read_command
 from .imported import Findings, foreign, not_readable
@@ -20,8 +21,8 @@ else:  # pragma: no cover - the same parser under its older name
     import tomli as tomllib
 
 
-def read_values(text: str, where: str, found: Findings) -> dict[str, Any]:
-    """Return what is given, by kohya's names; empty text counts as not given."""
+def read_values(text: str, where: str, found: Findings) -> tuple[scripts.Script, dict[str, Any]]:
+    """Return the script and what is given, by kohya's names; empty text counts as not given."""
     try:
         parsed = tomllib.loads(text.removeprefix("\ufeff"))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -33,12 +34,12 @@ def read_values(text: str, where: str, found: Findings) -> dict[str, Any]:
     return _of_command(read_command(text, where), where, found)
 
 
-def _of_toml(parsed: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+def _of_toml(parsed: Mapping[str, Any], found: Findings) -> tuple[scripts.Script, dict[str, Any]]:
     given: dict[str, Any] = {}
-    for key, value in _flat(parsed):
-        if value == "" or value is None:
-            continue
-        name = _known(key, value, found)
+    pairs = [(key, value) for key, value in _flat(parsed) if value not in ("", None)]
+    script = scripts.script_of({key: value for key, value in pairs if value is not False})
+    for key, value in pairs:
+        name = _known(key, value, script, found)
         if name is None:
             continue
         kind = table.kind_of(name)
@@ -47,7 +48,7 @@ def _of_toml(parsed: Mapping[str, Any], found: Findings) -> dict[str, Any]:
             found.expect(name, value, kind, f"{name} = {instead_of(kind, value)}")
         else:
             _take(given, name, taken, found)
-    return given
+    return script, given
 
 
 def _flat(parsed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -59,11 +60,13 @@ def _flat(parsed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from value.items()
 
 
-def _of_command(command: Command, where: str, found: Findings) -> dict[str, Any]:
+def _of_command(command: Command, where: str, found: Findings) -> tuple[scripts.Script, dict[str, Any]]:
     _check_program(command.program, where)
     given: dict[str, Any] = {}
+    named = {option: values[0] if values else True for option, values in command.options}
+    script = scripts.SCRIPTS.get(command.program) or scripts.script_of(named)
     for option, values in command.options:
-        name = _known(_completed(option), values[0] if values else True, found)
+        name = _known(_completed(option, script), values[0] if values else True, script, found)
         if name is None:
             continue
         kind = table.kind_of(name)
@@ -79,17 +82,18 @@ def _of_command(command: Command, where: str, found: Findings) -> dict[str, Any]
     launcher = [token for token in command.before if token.startswith("-") and token != "-m"]
     if launcher:
         found.notes.append(f"{listed(launcher)}: options of the launcher, not of the run.")
-    return given
+    return script, given
 
 
-def _completed(option: str) -> str:
+def _completed(option: str, script: scripts.Script) -> str:
     """Return the argument that an abbreviation means: kohya's parser takes a beginning that only one has."""
-    fitting = [name for name in table.all_arguments() if name.startswith(option)]
-    return fitting[0] if len(fitting) == 1 else option
+    known = table.all_arguments()
+    fitting = [name for name in known if name.startswith(option) and scripts.has(script, name)]
+    return option if option in known else fitting[0] if len(fitting) == 1 else option
 
 
 def _check_program(program: str, where: str) -> None:
-    if program in ("", "train_network.py"):
+    if program == "" or program in scripts.SCRIPTS:
         return
     if program.startswith("hcpdiff"):
         raise foreign(
@@ -98,31 +102,35 @@ def _check_program(program: str, where: str) -> None:
             why="its settings stand in the file that --cfg names.",
             fix="give that .yaml file, and its key=value settings behind it",
         )
-    what = table.SCRIPTS.get(program)
+    what = scripts.OTHERS.get(program)
     raise foreign(
         f"This is a command line of {one_line(program, 60)}.",
         where,
-        why=f"it trains {what}, and here is only Stable Diffusion 1.5's LoRA."
+        why=f"it trains {what}; the scripts whose arguments are known train a LoRA."
         if what
         else "it is not known.",
-        fix="give a command line of train_network.py with an SD 1.5 base",
+        fix=f"give a command line of {listed(scripts.SCRIPTS)}",
     )
 
 
-def _known(key: str, value: Any, found: Findings) -> str | None:
+def _known(key: str, value: Any, script: scripts.Script, found: Findings) -> str | None:
     """Return the argument of this name, or None where it is refused or means nothing."""
-    if key in table.all_arguments() or key in table.ALSO:
-        return key
-    if key in table.LORA_SCRIPTS:
+    if key in table.all_arguments():
+        if scripts.has(script, key):
+            return key
+        if value is not False:
+            why = f"{listed(scripts.ONLY[key])} has it, and {script.program} does not"
+            found.refuse(f"{key} {one_line(str(value), 40)}", why, f"remove {key}, or name the right script")
+    elif key in table.LORA_SCRIPTS:
         harmless, fix = table.LORA_SCRIPTS[key]
         if value in harmless:
             found.notes.append(f"{key}: lora-scripts' own key; kohya's trainer does not read it.")
         else:
             found.refuse(f"{key} {one_line(str(value), 40)}", "kohya's trainer does not read it", fix)
-    elif key in table.OTHERS:
+    elif key in scripts.OTHERS_ARGUMENTS:
         if value is not False:
-            why = f"it is an argument for {table.OTHERS[key]}; train_network.py does not have it"
-            found.refuse(f"{key} {one_line(str(value), 40)}", why, "use an SD 1.5 base, and remove it")
+            why = f"it is an argument for {scripts.OTHERS_ARGUMENTS[key]}; {script.program} does not have it"
+            found.refuse(f"{key} {one_line(str(value), 40)}", why, "remove it")
     elif any(key in keys for keys in NETWORK_KEYS.values()):
         found.refuse(
             key,

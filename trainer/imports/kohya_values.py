@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..config import ENCODER_RATES
+from ..contradictions.network import WITHOUT_TEXT
 from ..data.kohya_keys import NUMBER, SWITCH, TEXT, WHOLE
 from ..errors import one_line
 from ..settings.optimizers import KNOWN, OPTION_ALIASES, named
 from .imported import Findings
+from .kohya_scripts import Script
 from .kohya_table import RATES, STEPS, WORDS
 
 WRONG = object()
@@ -91,19 +94,45 @@ def resolution(value: Any, found: Findings) -> Any:
     return numbers[0] if len(numbers) == 1 or numbers[0] == numbers[1] else numbers
 
 
-def text_encoder_lr(value: Any, found: Findings) -> float | None:
-    """Return the one rate that SD 1.5's one text encoder can have."""
+def encoder_rates(script: Script, value: Any, settings: dict[str, Any], found: Findings) -> dict[str, float]:
+    """Return the text encoders' rates, by setting; takes train_t5xxl out of ``settings``.
+
+    A T5 is trained only with train_t5xxl. Where nothing is said of a CLIP beside one, its rate is
+    learning_rate, as the reference trainer takes it.
+    """
+    trains_t5 = settings.pop("train_t5xxl", False)
     rates = [typed(NUMBER, rate) for rate in (value if isinstance(value, list) else [value])]
+    if value is None or rates == []:
+        rates = [settings["learning_rate"]] if "t5" in script.encoders else []
     if WRONG in rates:
         found.expect("text_encoder_lr", value, "a number", "for instance text_encoder_lr 5e-5")
-        return None
-    if len(set(rates)) > 1:
+        return {}
+    left_out = settings.get("network_train_unet_only") or settings.get("preset") in WITHOUT_TEXT
+    if not rates or (left_out and value is None):
+        return {}
+    count = len(script.encoders)
+    if len(rates) > count or (len(set(rates)) > 1 and count == 1):
         found.refuse(
             f"text_encoder_lr {one_line(repr(rates), 60)}",
-            "Stable Diffusion 1.5 has one text encoder",
-            "write one rate",
+            f"{script.base} has {'one text encoder' if count == 1 else f'{count} text encoders'}",
+            "write one rate" if count == 1 else f"write at most {count} rates",
         )
-    return rates[0] if rates else None
+        return {}
+    if len(set(rates)) > 1 and script.encoders == ("clip", "clip"):
+        found.notes.append(
+            "text_encoder_lr: networks.lora takes the first rate for both text encoders; here each counts."
+        )
+    return _by_encoder(script.encoders, rates + rates[-1:] * (count - len(rates)), trains_t5)
+
+
+def _by_encoder(kinds: Sequence[str], rates: Sequence[float], trains_t5: bool) -> dict[str, float]:
+    """Return the rates by setting, further ones only where they say something."""
+    result: dict[str, float] = {}
+    for name, kind, rate in zip(ENCODER_RATES.values(), kinds, rates, strict=False):
+        is_said = trains_t5 if kind == "t5" else not result or rate != rates[0]
+        if is_said:
+            result[name] = rate
+    return result
 
 
 def optimizer(values: Mapping[str, Any], found: Findings) -> str:
@@ -124,7 +153,7 @@ def relative_steps(settings: dict[str, Any], found: Findings) -> None:
     options = [item.replace(" ", "") for item in settings.get("optimizer_args", [])]
     if settings["optimizer_type"].casefold() != "adafactor" or "relative_step=False" in options:
         return
-    for name in ("learning_rate", "unet_lr", "text_encoder_lr", "lr_warmup_steps"):
+    for name in ("learning_rate", "unet_lr", *ENCODER_RATES.values(), "lr_warmup_steps"):
         settings.pop(name, None)
     settings["lr_scheduler"] = "adafactor"
     found.notes.append(

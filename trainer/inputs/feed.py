@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..config import TrainConfig
+from ..contradictions.refusals import contradiction
 from ..data.batches import Batch
 from ..data.cache import TensorCache
 from ..data.train_set import TrainSet
@@ -130,4 +131,11 @@ class Inputs:
         if not self.keeps_text:
             return self.texts.tokenize(captions)
         kept = [self.texts.kept(caption) for caption in captions]
+        if len({tuple(x.shape for x in cond) for cond in kept}) > 1:
+            raise contradiction(
+                "The captions of one batch are encoded to different lengths.",
+                "train_batch_size",
+                why=f"{self.base.family.name} has no fixed length for captions, and a batch needs one.",
+                fix="set train_batch_size to 1 (gradient_accumulation_steps makes steps larger)",
+            )
         return tuple(torch.cat(column) for column in zip(*kept, strict=True))

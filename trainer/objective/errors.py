@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from .base import Objective
 from .schedule import NoiseSchedule
 
 # (prediction minus target, threshold) -> each value's error; the threshold broadcasts
@@ -28,7 +29,7 @@ NEEDS_THRESHOLD = ("huber", "smooth_l1")
 
 
 def huber_threshold(
-    kind: str, schedule: NoiseSchedule, t: torch.Tensor, c: float, scale: float = 1.0
+    kind: str, schedule: Objective, t: torch.Tensor, c: float, scale: float = 1.0
 ) -> torch.Tensor:
     """Return the threshold of the Huber losses at timesteps t (B,), float32, on t's device.
 
@@ -39,6 +40,7 @@ def huber_threshold(
         return torch.full(t.shape, c * scale, device=t.device)
     if kind == "exponential":
         return torch.exp(math.log(c) / schedule.num_timesteps * t) * scale
+    assert isinstance(schedule, NoiseSchedule), "a flow has no such ratio; it is refused before"
     a = schedule.signal(t)
     sigma = ((1.0 - a) / a) ** 0.5
     return (1 - c) / (1 + sigma) ** 2 + c

@@ -1,8 +1,8 @@
 """Bring a LoRA into another naming: kohya's, diffusers' (PEFT's) or ComfyUI's; its change stays the same.
 
 diffusers' naming has no alpha, so the scale alpha / r goes into the up tensor; elsewhere tensors are
-untouched. Flux's joined projections are several modules in diffusers: their rows share one down tensor, and
-modules that do not share one are joined with a block-diagonal up tensor.
+untouched. The joined projections of SD3 and Flux are several modules in diffusers: their rows share one down
+tensor, and modules that do not share one are joined with a block-diagonal up tensor.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from .naming import (
     UNET_COMFY,
     UNET_FLAT,
     architecture_of,
-    flux_parts,
-    flux_paths,
     from_kohya,
+    parts_of,
     refuse_unknown,
     to_kohya,
+    whole_of,
 )
 from .unflatten import flatten, unflatten
 
 PROJECTION = re.compile(r"attentions_\d+_proj_(in|out)$")
+TURNED = "context_block_adaLN_modulation_1"
 PEFT = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
 ENDINGS = {"kohya": KOHYA, "diffusers": PEFT, "comfyui": KOHYA}
 
@@ -63,6 +64,7 @@ def convert_naming(file: LoraFile, naming: str) -> LoraFile:
             unknown.append(module.name)
         else:
             fitted = _with_projection(module, architecture, kernel=naming != "diffusers")
+            fitted = _turned(fitted, architecture) if naming == "diffusers" else fitted
             modules[name] = _in(replace(fitted, name=name), naming)
     refuse_unknown(unknown, naming)
     return replace(file, modules=modules)
@@ -76,10 +78,11 @@ def to_common(file: LoraFile) -> LoraFile:
     unknown, twice = [], []
     for module in file.modules.values():
         name = to_kohya(module.name, architecture)
-        whole = flux_paths(module.name.removeprefix("transformer.")) if architecture == "flux" else {}
+        whole = whole_of(module.name.removeprefix("transformer."), architecture)
         if name is not None:
             twice += [module.name] if name in modules else []
             fitted = _with_projection(replace(module, name=name), architecture, kernel=True)
+            fitted = _turned(fitted, architecture) if module.name.startswith("transformer.") else fitted
             modules[name] = _in(fitted, "kohya")
         elif whole:
             joined.setdefault(next(iter(whole)), {})[module.name.removeprefix("transformer.")] = module
@@ -96,7 +99,7 @@ def to_common(file: LoraFile) -> LoraFile:
         )
     for path, parts in joined.items():
         name = UNET_FLAT + flatten(path)
-        modules[name] = _join_rows(name, path, parts)
+        modules[name] = _join_rows(name, path, parts, architecture)
     return replace(file, modules=modules)
 
 
@@ -113,6 +116,16 @@ def _with_projection(module: Module, architecture: str, *, kernel: bool) -> Modu
         for role, t in module.tensors.items()
     }
     return replace(module, tensors=tensors)
+
+
+def _turned(module: Module, architecture: str) -> Module:
+    """Return a module of SD3's last block whose rows are shift and scale, in diffusers scale and shift."""
+    if architecture != "sd3" or not module.name.endswith(TURNED) or module.kind != PLAIN:
+        return module
+    up, down = module.tensors["up"], module.tensors["down"]
+    if up.shape[0] != 2 * down.shape[1]:  # other blocks have a gate too, and a second modulation
+        return module
+    return replace(module, tensors={**module.tensors, "up": torch.cat(up.chunk(2)[::-1])})
 
 
 def _in(module: Module, naming: str) -> Module:
@@ -134,8 +147,8 @@ def _in(module: Module, naming: str) -> Module:
 
 
 def _split_rows(module: Module, architecture: str) -> list[Module] | None:
-    """Return diffusers' modules of a joined Flux module: rows of its up tensor, each with the down tensor."""
-    parts = flux_parts(unflatten(module.name.removeprefix(UNET_FLAT))) if architecture == "flux" else None
+    """Return diffusers' modules of a joined module: rows of its up tensor, each with the down tensor."""
+    parts = parts_of(unflatten(module.name.removeprefix(UNET_FLAT)), architecture)
     if parts is None or len(parts) == 1:
         return None
     up, down = module.tensors["up"], module.tensors["down"]
@@ -149,9 +162,9 @@ def _split_rows(module: Module, architecture: str) -> list[Module] | None:
     ]
 
 
-def _join_rows(name: str, path: str, parts: Mapping[str, Module]) -> Module:
+def _join_rows(name: str, path: str, parts: Mapping[str, Module], architecture: str) -> Module:
     """Return one module of diffusers' parts; a part that is not there changes nothing in its rows."""
-    wanted = flux_parts(path) or ()
+    wanted = parts_of(path, architecture) or ()
     missing = [part for part in wanted if part not in parts]
     ordered = [parts[part] for part in wanted if part in parts]
     if missing:

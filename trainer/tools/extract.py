@@ -133,7 +133,7 @@ def _common_places(
             "The two checkpoints are not of one architecture, or of none that is known.",
             where=f"{where}: {listed(wrong or ['no known module'], limit=3)}",
             why="weights that are not in both have no difference.",
-            fix="name two single-file checkpoints of SD1.x, SD2.x, SDXL or Flux.1, both of the same",
+            fix="name two single-file checkpoints of SD1.x, SD2.x, SDXL, SD3 or Flux.1, both of the same",
         )
     return places
 
@@ -159,10 +159,12 @@ def _check(settings: ExtractSettings) -> None:
 def _metadata(
     original: Path, tuned: Path, settings: ExtractSettings, places: dict[str, Place]
 ) -> dict[str, str]:
-    sdxl = any(name.startswith("lora_te2_") or "input_blocks" in name for name in places)
     flux = any("double_blocks" in name for name in places)
+    sd3 = any("joint_blocks" in name for name in places)
+    sdxl = not sd3 and any(name.startswith("lora_te2_") or "input_blocks" in name for name in places)
     v2 = any(place.third is not None for place in places.values()) and not sdxl
-    version = "flux1" if flux else "sdxl_base_v1-0" if sdxl else "sd_v2" if v2 else "sd_v1"
+    sd = "sdxl_base_v1-0" if sdxl else "sd_v2" if v2 else "sd_v1"
+    version = "flux1" if flux else "sd3" if sd3 else sd
     metadata = {
         "ss_v2": str(v2),
         "ss_base_model_version": version,

@@ -1,8 +1,8 @@
 """The names of a LoRA's modules in three worlds: kohya's trainer, diffusers (PEFT), and ComfyUI.
 
 kohya's flat name is the common one: every other naming is brought to it and made from it. Which names a
-U-Net has there depends on the architecture: SD1.x and SD2.x diffusers' own, SDXL and Flux those of their
-authors.
+U-Net has there depends on the architecture: SD1.x and SD2.x diffusers' own, SDXL, SD3 and Flux those of
+their authors.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ TEXT_PREFIXES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("lora_te1_", "text_encoder.", "text_encoders.clip_l.transformer."),
         ("lora_te2_", "text_encoder_2.", "text_encoders.clip_g.transformer."),
     ),
+    "sd3": (
+        ("lora_te1_", "text_encoder.", "text_encoders.clip_l.transformer."),
+        ("lora_te2_", "text_encoder_2.", "text_encoders.clip_g.transformer."),
+        ("lora_te3_", "text_encoder_3.", "text_encoders.t5xxl.transformer."),
+    ),
     "flux": (
         ("lora_te1_", "text_encoder.", "text_encoders.clip_l.transformer."),
         ("lora_te3_", "text_encoder_2.", "text_encoders.t5xxl.transformer."),
@@ -41,8 +46,9 @@ SD2_LAYERS = re.compile(r"clip_h|encoder[._]layers[._](1[2-9]|2\d)")  # SD1.x's 
 DEEP = re.compile(r"transformer_blocks[._][1-9]")  # a block beside the first one: SDXL alone has any
 OLD_PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)$")
 
-# Flux: the modules of a block under both names. Where diffusers has several, they are the rows of one.
-FLUX_BLOCKS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...] = (
+# Transformers: a block's modules under both names. Where diffusers has several, they are the rows of one.
+Blocks = tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...]
+FLUX_BLOCKS: Blocks = (
     (
         "double_blocks",
         "transformer_blocks",
@@ -69,11 +75,38 @@ FLUX_BLOCKS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...
         ),
     ),
 )
+SD3_BLOCKS: Blocks = (
+    (
+        "joint_blocks",
+        "transformer_blocks",
+        (
+            ("context_block.attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+            ("context_block.attn.proj", ("attn.to_add_out",)),
+            ("context_block.mlp.fc1", ("ff_context.net.0.proj",)),
+            ("context_block.mlp.fc2", ("ff_context.net.2",)),
+            ("context_block.adaLN_modulation.1", ("norm1_context.linear",)),
+            ("x_block.attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
+            ("x_block.attn.proj", ("attn.to_out.0",)),
+            ("x_block.attn2.qkv", ("attn2.to_q", "attn2.to_k", "attn2.to_v")),
+            ("x_block.attn2.proj", ("attn2.to_out.0",)),
+            ("x_block.mlp.fc1", ("ff.net.0.proj",)),
+            ("x_block.mlp.fc2", ("ff.net.2",)),
+            ("x_block.adaLN_modulation.1", ("norm1.linear",)),
+        ),
+    ),
+)
+JOINED: dict[str, Blocks] = {"sd3": SD3_BLOCKS, "flux": FLUX_BLOCKS}
+# SD3 has what Flux has not: blocks of this name, a third text encoder, second attentions, a block 19.
+SD3 = re.compile(
+    r"joint_blocks|^text_encoder_3\.|^transformer\.transformer_blocks\.(\d+\.attn2|19|[2-9]\d)\."
+)
 
 
 def architecture_of(names: Iterable[str]) -> str:
-    """Tell sd (SD1.x), sd2, sdxl or flux from module names of any naming."""
+    """Tell sd (SD1.x), sd2, sdxl, sd3 or flux from module names of any naming."""
     names = list(names)
+    if any(SD3.search(n) for n in names):
+        return "sd3"
     if any(re.search(r"(double|single)_blocks|^transformer\.|single_transformer_blocks", n) for n in names):
         return "flux"
     if any(
@@ -100,12 +133,12 @@ def to_kohya(name: str, architecture: str) -> str | None:
         path = name[len(UNET_COMFY) :]
         new = _swap(path, architecture, to_ldm=False) if architecture in FLAT_DIFFUSERS else path
         return None if new is None else UNET_FLAT + flatten(new)
-    if name.startswith("unet.") and architecture != "flux":
+    if name.startswith("unet.") and architecture not in JOINED:
         path = name[len("unet.") :]
         new = path if architecture in FLAT_DIFFUSERS else _swap(path, architecture, to_ldm=True)
         return None if new is None else UNET_FLAT + flatten(new)
-    if name.startswith("transformer.") and architecture == "flux":
-        for path, parts in flux_paths(name[len("transformer.") :]).items():
+    if name.startswith("transformer.") and architecture in JOINED:
+        for path, parts in whole_of(name[len("transformer.") :], architecture).items():
             if len(parts) == 1:
                 return UNET_FLAT + flatten(path)
     return None
@@ -123,25 +156,25 @@ def from_kohya(name: str, naming: str, architecture: str) -> str | None:
     if naming == "comfyui":
         new = _swap(path, architecture, to_ldm=True) if architecture in FLAT_DIFFUSERS else path
         return None if new is None else UNET_COMFY + new
-    if architecture == "flux":
-        parts = flux_parts(path)
+    if architecture in JOINED:
+        parts = parts_of(path, architecture)
         return f"transformer.{parts[0]}" if parts is not None and len(parts) == 1 else None
     new = path if architecture in FLAT_DIFFUSERS else _swap(path, architecture, to_ldm=False)
     return None if new is None else f"unet.{new}"
 
 
-def flux_parts(path: str) -> tuple[str, ...] | None:
-    """Return diffusers' modules that hold the rows of a Flux module (double_blocks.0.img_attn.qkv)."""
-    for theirs, ours, modules in FLUX_BLOCKS:
+def parts_of(path: str, architecture: str) -> tuple[str, ...] | None:
+    """Return diffusers' modules that hold the rows of a module (double_blocks.0.img_attn.qkv)."""
+    for theirs, ours, modules in JOINED.get(architecture, ()):
         if match := re.fullmatch(rf"{theirs}\.(\d+)\.(.+)", path):
             parts = dict(modules).get(match[2])
             return None if parts is None else tuple(f"{ours}.{match[1]}.{part}" for part in parts)
     return None
 
 
-def flux_paths(path: str) -> dict[str, tuple[str, ...]]:
-    """Return the Flux module that holds diffusers' module ``path``, with all diffusers' modules of it."""
-    for theirs, ours, modules in FLUX_BLOCKS:
+def whole_of(path: str, architecture: str) -> dict[str, tuple[str, ...]]:
+    """Return the module that holds diffusers' module ``path``, with all diffusers' modules of it."""
+    for theirs, ours, modules in JOINED.get(architecture, ()):
         if match := re.fullmatch(rf"{ours}\.(\d+)\.(.+)", path):
             for name, parts in modules:
                 if match[2] in parts:
@@ -158,7 +191,7 @@ def refuse_unknown(names: Iterable[str], naming: str) -> None:
             f"{len(names)} modules have no name in {naming}'s naming.",
             where=listed(names, limit=3),
             why="they would be lost.",
-            fix="convert a LoRA for SD1.x, SD2.x, SDXL or Flux.1; other architectures keep their names",
+            fix="convert a LoRA for SD1.x, SD2.x, SDXL, SD3 or Flux.1; other architectures keep their names",
         )
 
 

@@ -17,8 +17,15 @@ OPEN_CLIP = {
     "conditioner.embedders.1.model.transformer.resblocks.": "lora_te2_",
 }
 OPEN_CLIP_LAYERS = {"attn.out_proj": "self_attn_out_proj", "mlp.c_fc": "mlp_fc1", "mlp.c_proj": "mlp_fc2"}
-CLIP = {TEXT_PREFIX: "lora_te_", "conditioner.embedders.0.transformer.": "lora_te1_"}
-FLUX_KEY = "double_blocks.0.img_attn.qkv.weight"
+CLIP = {
+    TEXT_PREFIX: "lora_te_",
+    "conditioner.embedders.0.transformer.": "lora_te1_",
+    "text_encoders.clip_l.transformer.": "lora_te1_",
+    "text_encoders.clip_g.transformer.": "lora_te2_",
+}
+T5_PREFIX, T5_NAME = "text_encoders.t5xxl.transformer.", "lora_te3_"
+# What tells a transformer whose LoRAs have the names of its tensors: SD3's and Flux's.
+TRANSFORMER_KEYS = ("joint_blocks.0.context_block.attn.qkv.weight", "double_blocks.0.img_attn.qkv.weight")
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Place:
 def places_in(keys: Iterable[str]) -> dict[str, Place]:
     """Map kohya's module names to a checkpoint's weights; a U-Net's modules are there under both their names.
 
-    Returns {} for a checkpoint that is neither SD1.x, SD2.x, SDXL nor Flux.
+    Returns {} for a checkpoint that is neither SD1.x, SD2.x, SDXL, SD3 nor Flux.
     """
     keys = [k for k in keys if k.endswith((".weight", ".in_proj_weight"))]
     found = dict(_text_places(keys))
@@ -46,9 +53,9 @@ def places_in(keys: Iterable[str]) -> dict[str, Place]:
             place = Place(UNET_PREFIX + old)
             for path in (old, new):  # SDXL's LoRAs have LDM's names, SD1.x's and SD2.x's diffusers'
                 found["lora_unet_" + flatten(path.removesuffix(".weight"))] = place
-    elif FLUX_KEY in unet:
+    elif any(key in unet for key in TRANSFORMER_KEYS):
         found |= {f"lora_unet_{flatten(k.removesuffix('.weight'))}": Place(UNET_PREFIX + k) for k in unet}
-    elif FLUX_KEY in keys:
+    elif any(key in keys for key in TRANSFORMER_KEYS):
         found |= {f"lora_unet_{flatten(k.removesuffix('.weight'))}": Place(k) for k in keys}
     return found
 
@@ -60,8 +67,8 @@ def trained_in(
     keys = list(keys)
     both = places_in(keys)
     sdxl = any(k.startswith("conditioner.embedders.1.") for k in keys)
-    ldm = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks|double_blocks|single_blocks)_")
-    flux = not any("input_blocks" in k for k in keys)
+    ldm = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks|(joint|double|single)_blocks)_")
+    transformer = not any("input_blocks" in k for k in keys)
     wanted: dict[str, Place] = {}
     for name, place in both.items():
         shape = shapes[place.key]
@@ -69,10 +76,10 @@ def trained_in(
             continue
         if name.startswith("lora_te"):
             inside = "_self_attn_" in name or "_mlp_" in name
-        elif bool(ldm.match(name)) != (sdxl or flux):
+        elif bool(ldm.match(name)) != (sdxl or transformer):
             continue
         else:
-            inside = flux or _is_attention(place.key) or (convolutions and _is_block(place.key))
+            inside = transformer or _is_attention(place.key) or (convolutions and _is_block(place.key))
         if inside:
             wanted[name] = place
     return wanted
@@ -93,6 +100,8 @@ def _text_places(keys: list[str]) -> Iterator[tuple[str, Place]]:
         for prefix, name in CLIP.items():
             if key.startswith(prefix + "text_model."):
                 yield name + flatten(key[len(prefix) :].removesuffix(".weight")), Place(key)
+        if key.startswith(f"{T5_PREFIX}encoder.block."):
+            yield T5_NAME + flatten(key[len(T5_PREFIX) :].removesuffix(".weight")), Place(key)
         for prefix, name in OPEN_CLIP.items():
             if key.startswith(prefix):
                 number, _, layer = key[len(prefix) :].partition(".")

@@ -142,8 +142,8 @@ def parameters(
         told["Clip skip"] = settings.clip_skip
     if settings.velocity:
         told["Prediction"] = "v"
-    if vae is not None:
-        told["VAE"] = vae.stem
+    if vae is not None or base.vae_name:
+        told["VAE"] = vae.stem if vae is not None else base.vae_name
     if loras:
         told["Lora"] = " ".join(f"{path.stem}:{strength:g}" for path, strength in loras)
     negative = f"\nNegative prompt: {settings.negative}" if settings.negative else ""

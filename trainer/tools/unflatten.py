@@ -20,6 +20,9 @@ WORDS = (
     *("double_blocks", "single_blocks", "img_attn", "txt_attn", "img_mlp", "txt_mlp", "img_mod", "txt_mod"),
     *("img_in", "txt_in", "time_in", "vector_in", "guidance_in", "in_layer", "out_layer", "final_layer"),
     "adaLN_modulation",
+    # SD3 as its authors name it
+    *("joint_blocks", "context_block", "x_block"),
+    *("context_embedder", "x_embedder", "y_embedder", "t_embedder"),
     # CLIP and T5
     *("text_model", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj", "wi_0", "wi_1", "text_projection"),
 )

@@ -23,7 +23,7 @@ import comfy.ops
 import numpy
 import torch
 
-from . import equal, tiny_models
+from . import any_models, equal, tiny_models
 
 FILES = Path("/proc/self/fd")
 audited: list[str] = []
@@ -217,12 +217,16 @@ class ProbeShare:
             loaded = {
                 f"{part}.{k}": w
                 for part, module in modules.items()
-                for k, w in module.state_dict().items()
-                if not k.endswith("position_ids")
+                for k, held in module.state_dict().items()
+                for w in held_in(held)
+                if not k.endswith("position_ids") and w.dim()
             }
             report = {
                 "count": len(loaded),
                 "copied": [k for k, w in loaded.items() if w.untyped_storage().data_ptr() not in host],
+                "copied_matrices": [
+                    k for k, w in loaded.items() if w.dim() > 1 and w.untyped_storage().data_ptr() not in host
+                ],
                 "inference": [k for k, w in loaded.items() if w.is_inference()],
                 "host_inference": any(w.is_inference() for w in model.model.state_dict().values()),
                 "hash": base.weights_hash,
@@ -233,6 +237,12 @@ class ProbeShare:
                 "tokenizers": {kind: str(folder) for kind, folder in base.tokenizer_folders.items()},
             }
         return {"ui": {"text": [json.dumps(report)]}}
+
+
+def held_in(weight):
+    """List the tensors that a packed weight is made of, or the weight itself."""
+    packed = getattr(weight, "packed", None)
+    return [weight] if packed is None else list(packed.buffers())
 
 
 class ProbeForward:
@@ -280,7 +290,6 @@ class ProbeOddModel:
     CATEGORY, FUNCTION, RETURN_TYPES = "probe", "make", ("MODEL", "CLIP", "VAE")
     KINDS = (
         "no_tokenizer",
-        "fp8",
         "packed",
         "meta",
         "v_prediction",
@@ -289,7 +298,6 @@ class ProbeOddModel:
         "no_vae",
         "bypass",
         "clip_layer",
-        "sdxl",
     )
 
     @classmethod
@@ -328,9 +336,7 @@ class ProbeOddModel:
         model = model.clone(force_deepcopy=True)
         inner = model.model
         weight = inner.diffusion_model.input_blocks[1][0].in_layers[2].weight
-        if kind == "fp8":
-            inner.diffusion_model.to(torch.float8_e4m3fn)
-        elif kind == "packed":
+        if kind == "packed":
 
             class GGMLTensor(torch.Tensor):
                 pass
@@ -343,10 +349,6 @@ class ProbeOddModel:
             inner.diffusion_model.to("meta")
         elif kind == "inpaint":
             inner.model_config.unet_config = {**inner.model_config.unet_config, "in_channels": 9}
-        elif kind == "sdxl":
-            import comfy.supported_models
-
-            inner.model_config = comfy.supported_models.SDXL(inner.model_config.unet_config)
         return model, clip, vae
 
 
@@ -409,6 +411,7 @@ NODE_CLASS_MAPPINGS = {
     "ProbeMemory": ProbeMemory,
     "ProbeShare": ProbeShare,
     "ProbeOddModel": ProbeOddModel,
+    **any_models.NODES,
     **equal.NODES,
     **tiny_models.NODES,
 }

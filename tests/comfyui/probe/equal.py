@@ -16,8 +16,13 @@ import comfy.utils
 import folder_paths
 import torch
 
-
-T5_LENGTHS = {"sd3": 77, "sd35_medium": 77, "flux": 256}  # to which ComfyUI fills captions up
+# To which ComfyUI fills captions up.
+T5_LENGTHS = {
+    "sd3": 77,
+    "sd35_medium": 77,
+    "flux": 256,
+    "flux_schnell": 256,
+}
 
 
 def pack(module: str) -> Any:
@@ -103,7 +108,7 @@ class ProbeEqual:
     @staticmethod
     def merge(base: Any, parts: Any, file: Path) -> None:
         """Add a LoRA to the trainer's modules, in new tensors, by the names of what was trained."""
-        targets = {t.key: t for t in base.family.targets(parts, convolutions=True)}
+        targets = {t.key: t for t in base.family.targets(parts, convolutions=False)}
         common = pack("trainer.tools.convert").to_common(pack("trainer.tools.lora_file").read_lora(file))
         for name, module in common.modules.items():
             layer = parts.part(targets[name].part).get_submodule(targets[name].path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,9 @@ class Tiny:
     model_type: Any = None
     biases: float = 0.05  # their spread, by which SD2.x's prediction is told
     extra: tuple[str, ...] = ()  # tensors of the file that only say something
+    dtype: torch.dtype = torch.float32  # of the denoiser as it is held
+    scaled: str = ""  # the text encoder whose matrices are fp8 with a scale each, and what holds it
+    scaled_clip: Any = None
 
 
 class SD3TinyTokenizer(sd3_text.SD3Tokenizer):
@@ -198,6 +202,12 @@ FAMILIES: dict[str, Tiny] = {
         SD35, clip=sd3_text.sd3_clip(t5=False), texts={k: v for k, v in SD3_TEXTS.items() if k != "t5xxl"}
     ),
     "flux": FLUX_DEV,
+    "flux_fp8": changed(
+        FLUX_DEV,
+        dtype=torch.float8_e4m3fn,
+        scaled="t5xxl",
+        scaled_clip=flux_text.flux_clip(t5_quantization_metadata={"mixed_ops": True}),
+    ),
     "flux_schnell": changed(FLUX_DEV, config=supported.FluxSchnell, unet={**FLUX, "guidance_embed": False}),
 }
 
@@ -232,7 +242,7 @@ def model_of(tiny: Tiny, disable_dynamic: bool = False) -> Any:
             return tiny.model_type or super().model_type(state_dict, prefix)
 
     config = Config(dict(tiny.unet))
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(tiny.dtype, None if tiny.dtype == torch.float32 else torch.float32)
     if "ztsnr" in tiny.extra:
         config.sampling_settings["zsnr"] = True
     model = config.get_model({}, "")
@@ -244,12 +254,18 @@ def model_of(tiny: Tiny, disable_dynamic: bool = False) -> Any:
     )
 
 
-def clip_of(tiny: Tiny) -> Any:
+def clip_of(tiny: Tiny, weights: Sequence[dict[str, torch.Tensor]] = ()) -> Any:
+    """Return a CLIP; with ``weights``, one a text encoder, on these, which may be quantised."""
+    kind = tiny.scaled_clip if weights else tiny.clip
     return comfy.sd.CLIP(
-        comfy.supported_models_base.ClipTarget(tiny.tokenizer, tiny.clip),
+        comfy.supported_models_base.ClipTarget(tiny.tokenizer, kind),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        model_options={f"{kind}_model_config": config for kind, config in tiny.texts.items()},
+        model_options={
+            "dtype": torch.float32,  # a LoRA on half precision is rounded to it
+            **{f"{kind}_model_config": config for kind, config in tiny.texts.items()},
+        },
         parameters=1,
+        state_dict=list(weights),
     )
 
 
@@ -315,9 +331,27 @@ def write(name: str, seed: int = 0) -> Path:
     weights = {
         k.replace("_norm.weight", "_norm.scale") if is_flux_norm(k) else k: v for k, v in weights.items()
     }
+    if tiny.dtype != torch.float32:
+        weights |= {k: v.to(tiny.dtype) for k, v in weights.items() if k.startswith(UNET)}
+    if tiny.scaled:
+        weights = dict(with_scales(weights, TEXT.format(tiny.scaled) + "encoder.block."))
     weights |= {key: torch.zeros(()) for key in tiny.extra}
     comfy.utils.save_torch_file(weights, str(path))
     return path
+
+
+def with_scales(weights: dict[str, torch.Tensor], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield weights, those of linear layers below ``prefix`` as fp8 with a scale, as ComfyUI marks them."""
+    mark = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+    for name, weight in weights.items():
+        layer = name.removesuffix(".weight")
+        if not name.startswith(prefix) or weight.ndim < 2 or "relative_attention_bias" in name:
+            yield name, weight
+            continue
+        scale = weight.float().abs().max() / torch.finfo(torch.float8_e4m3fn).max
+        yield name, (weight.float() / scale).to(torch.float8_e4m3fn)
+        yield f"{layer}.weight_scale", scale
+        yield f"{layer}.comfy_quant", mark.clone()
 
 
 def is_flux_norm(name: str) -> bool:
@@ -340,9 +374,12 @@ def load_model(name: str, disable_dynamic: bool = False) -> Any:
 def load(name: str) -> tuple[Any, Any, Any]:
     """Return MODEL, CLIP and VAE of a tiny family, on the weights of its file."""
     tiny, weights = FAMILIES[name], comfy.utils.load_torch_file(str(write(name)))
+    texts = {kind: part(weights, TEXT.format(kind)) for kind in tiny.texts}
+    if tiny.scaled:
+        return load_model(name), clip_of(tiny, list(texts.values())), vae_of(tiny, part(weights, VAE))
     clip = clip_of(tiny)
-    for kind in tiny.texts:
-        missing, extra = getattr(clip.cond_stage_model, kind).load_sd(part(weights, TEXT.format(kind)))
+    for kind, own in texts.items():
+        missing, extra = getattr(clip.cond_stage_model, kind).load_sd(own)
         assert not missing and not extra, (missing, extra)
     return load_model(name), clip, vae_of(tiny, part(weights, VAE))
 

@@ -1,0 +1,45 @@
+"""Open a base of any MODEL that ComfyUI has loaded, for which the trainer has no family of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..trainer import api
+from .host_checks import check_plain
+from .host_family import HostFamily
+from .host_packed import plain
+from .host_weights import base_name, hashes
+
+
+def open_any(model: Any, clip: Any, vae: Any) -> api.Base:
+    """Open the base that MODEL, CLIP and VAE make, on their own storage; its hash is remembered.
+
+    Raises LG-NODE-002, -004, -005, -017, -019.
+    """
+    check_plain(model, clip, vae)
+    denoiser = model.model.diffusion_model
+    state_dicts = {
+        "denoiser": {name: plain(w, "MODEL", name) for name, w in denoiser.state_dict().items()},
+        "vae": dict(_stored(vae.first_stage_model)),
+        "text_encoder": dict(_stored(clip.cond_stage_model)),
+    }
+    weights = {f"{part}.{name}": w for part, sd in state_dicts.items() for name, w in sd.items()}
+    modules = (denoiser, clip.cond_stage_model, vae.first_stage_model)
+    family = HostFamily(model, clip, vae)
+    known = hashes.find(modules, weights, lambda: api.hash_parts(state_dicts))
+    return api.Base(family, base_name(model), state_dicts, {}, known)
+
+
+def _stored(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that tell a module from others; it is run by ComfyUI, quantised or not."""
+    for name, weight in module.state_dict().items():
+        data = getattr(weight, "_qdata", weight)  # what a packed tensor holds
+        if isinstance(data, torch.Tensor) and data.device.type != "meta":
+            with torch.inference_mode(False):
+                view = torch.empty(0, dtype=data.dtype, device=data.device)
+                view.set_(data.untyped_storage(), data.storage_offset(), data.size(), data.stride())
+            yield name, view

@@ -1,0 +1,226 @@
+"""Lumina 2: what its transformer, texts and autoencoder compute, as diffusers, ComfyUI and kohya have it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loragraft.trainer import api
+from loragraft.trainer.families import FAMILIES
+from loragraft.trainer.families.base import Reading
+from loragraft.trainer.families.lumina2 import SYSTEM_PROMPT, Lumina2
+from loragraft.trainer.families.lumina2_model import Lumina2Transformer
+from loragraft.trainer.parts import Parts
+from loragraft_tests.trainer import comfy_peer, dit_checks, tiny_dits
+
+LATENT = (16, 8, 6)
+FULL_SIZE = {
+    "width": 2304,
+    "heads": 24,
+    "groups": 8,
+    "inside": 9216,
+    "channels": 64,
+    "context": 2304,
+    "time": 1024,
+    "layers": 26,
+    "refiners": 2,
+}
+COMFYUI = "comfy.ldm.lumina.model.NextDiT"
+COMFYUI_ARGUMENTS: dict[str, Any] = {
+    "patch_size": 2,
+    "in_channels": 16,
+    "dim": 96,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "multiple_of": 32,
+    "ffn_dim_multiplier": 4.0,
+    "qk_norm": True,
+    "cap_feat_dim": tiny_dits.GEMMA_TEXT,
+    "axes_dims": [8, 8, 8],
+    "rope_theta": 10000.0,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> api.Base:
+    """Return a tiny Lumina 2."""
+    return tiny_dits.lumina_base(tmp_path_factory.mktemp("lumina"))
+
+
+@pytest.fixture(scope="module")
+def parts(base: api.Base) -> Parts:
+    """Return its modules."""
+    return base.load()
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return noisy latents, timesteps, and texts."""
+    rng = torch.Generator().manual_seed(7)
+    text = torch.randn((2, 12, tiny_dits.GEMMA_TEXT), generator=rng)
+    return torch.randn((2, *LATENT), generator=rng), torch.tensor([123.4, 900.0]), text
+
+
+# ---- the transformer ----
+
+
+def test_padded_texts_of_a_batch_give_what_diffusers_gives_for_each_alone(parts: Parts) -> None:
+    """The authors' clock runs from noise to image, and their velocity is image - noise."""
+    x, t, text = inputs()
+    model, lengths = tiny_dits.random_lumina(), (5, 12)
+    seen = torch.arange(12) < torch.tensor(lengths)[:, None]
+    ours = Lumina2().predict(parts, x, t, (text, seen.float()))
+    for i, length in enumerate(lengths):
+        one = slice(i, i + 1)
+        with torch.no_grad():
+            theirs = -model(
+                hidden_states=x[one],
+                timestep=1 - t[one] / 1000,
+                encoder_hidden_states=text[one, :length],
+                encoder_attention_mask=torch.ones((1, length), dtype=torch.long),
+                return_dict=False,
+            )[0]
+        dit_checks.check_near(ours[one], theirs)
+
+
+@pytest.mark.comfy
+def test_comfyui_computes_the_same_on_the_same_file(parts: Parts, tmp_path: Path) -> None:
+    x, t, text = inputs()
+    tensors = {"x": x, "timesteps": t / 1000, "context": text}
+    answer = comfy_peer.ask(
+        tmp_path,
+        COMFYUI,
+        COMFYUI_ARGUMENTS,
+        dit_checks.below(tiny_dits.lumina_weights()),
+        tensors,
+        [{**{name: name for name in tensors}, "num_tokens": 12}],
+    )
+    ours = Lumina2().predict(parts, x, t, (text, torch.ones(2, 12)))
+    dit_checks.check_near(ours, answer.outputs[0])
+
+
+# ---- texts and images ----
+
+
+def test_texts_are_encoded_as_diffusers_pipeline_does(base: api.Base, parts: Parts) -> None:
+    from diffusers import Lumina2Pipeline
+
+    captions = ["a cat", "some other words", "x" * 90]
+    tokenizer = parts.tokenizer.__class__.from_pretrained(base.tokenizer_folders["gemma"])
+    transformer: Any = None
+    pipeline = Lumina2Pipeline.__new__(Lumina2Pipeline)
+    pipeline.register_modules(
+        text_encoder=tiny_dits.random_gemma(), tokenizer=tokenizer, transformer=transformer
+    )
+    tokenizer.padding_side = "right"
+    system = SYSTEM_PROMPT.removesuffix(" <Prompt Start> ")
+    text, mask, none, none_mask = pipeline.encode_prompt(
+        captions,
+        negative_prompt="",
+        system_prompt=system,
+        max_sequence_length=200,
+        device=torch.device("cpu"),
+    )
+    ours, seen = dit_checks.conditioning(base, parts, captions, Reading(t5_length=200))
+    torch.testing.assert_close(ours, text, atol=1e-6, rtol=1e-6)
+    assert torch.equal(seen, mask.float())
+    ours, seen = dit_checks.conditioning(base, parts, [""], Reading(t5_length=200))
+    torch.testing.assert_close(ours, none[:1], atol=1e-6, rtol=1e-6)
+    assert torch.equal(seen, none_mask[:1].float()) and seen.sum() == 1
+
+
+def test_the_system_prompt_is_diffusers() -> None:
+    import inspect
+
+    from diffusers import Lumina2Pipeline
+
+    source = inspect.getsource(Lumina2Pipeline.__init__)
+    assert f'"{SYSTEM_PROMPT.removesuffix(" <Prompt Start> ")}"' in source
+
+
+def test_a_long_prompt_is_read_to_its_end(parts: Parts) -> None:
+    longer = Lumina2().reading_for(parts, ["x" * 300], Reading()).t5_length
+    assert longer == 1 + len(SYSTEM_PROMPT) + 300
+    assert Lumina2().reading_for(parts, ["x"], Reading()).t5_length == 256
+
+
+def test_images_become_latents_as_diffusers_has_it(parts: Parts) -> None:
+    vae = tiny_dits.random_vae()
+    pixels = torch.rand((1, 3, 32, 48), generator=torch.Generator().manual_seed(2)) * 2 - 1
+    moments = Lumina2().encode_images(parts, pixels)
+    with torch.no_grad():
+        theirs = (vae.encode(pixels).latent_dist.mode() - 0.1159) * 0.3611  # type: ignore[operator]
+        decoded = vae.decode(theirs / 0.3611 + 0.1159).sample  # type: ignore[operator]
+    latents = Lumina2().latents(moments, torch.zeros_like(moments["mean"]))
+    torch.testing.assert_close(latents, theirs, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(Lumina2().decode(parts, latents), decoded, atol=1e-5, rtol=1e-5)
+
+
+def test_shapes_are_as_announced(base: api.Base) -> None:
+    dit_checks.check_shapes(base)
+
+
+# ---- names ----
+
+
+def test_weights_are_shared_and_survive_the_way_there_and_back(base: api.Base) -> None:
+    weights = tiny_dits.lumina_weights()
+    unread = {"model.diffusion_model.norm_final.weight": torch.ones(96)}
+    opened = api.open_base_from_weights({**weights, **unread}, name="x", tokenizers=base.tokenizer_folders)
+    assert opened.family.name == "lumina2"
+    dit_checks.check_shared(opened, weights)
+    again = Lumina2().join(Lumina2().split(weights))
+    assert set(again) == set(weights)
+    assert all(torch.equal(again[k], v) for k, v in weights.items())
+
+
+def test_the_names_agree_with_diffusers_own_converter() -> None:
+    from diffusers.loaders.single_file_utils import convert_lumina2_to_diffusers
+
+    weights = dit_checks.below(tiny_dits.lumina_weights())
+    # it knows the split of query, key and value of the released width alone
+    weights = {k: v for k, v in weights.items() if ".attention.qkv." not in k}
+    theirs = convert_lumina2_to_diffusers(dict(weights))
+    folder = tiny_dits.random_lumina().state_dict()
+    assert {k for k in folder if not k.rpartition(".")[0].endswith((".to_q", ".to_k", ".to_v"))} == set(
+        theirs
+    )
+    assert all(torch.equal(folder[k], v) for k, v in theirs.items())
+
+
+def test_only_lumina_is_taken_for_it() -> None:
+    weights = tiny_dits.lumina_weights()
+    assert [name for name, family in FAMILIES.items() if family.detect(weights)] == ["lumina2"]
+    assert not Lumina2().detect(
+        {**weights, "model.diffusion_model.clip_text_pooled_proj.0.weight": torch.ones(1)}
+    )
+
+
+def test_the_lora_has_the_references_modules() -> None:
+    with torch.device("meta"):
+        denoiser = Lumina2Transformer(**FULL_SIZE)
+    parts = Parts(denoiser, torch.nn.Module(), torch.nn.ModuleDict(), {})
+    dit_checks.check_golden_modules("lumina2", parts, "lumina2_dim16")
+
+
+@pytest.mark.comfy
+def test_comfyui_knows_every_key_of_the_lora(base: api.Base, tmp_path: Path) -> None:
+    dit_checks.check_comfyui_reads_the_lora(base, tmp_path, COMFYUI, COMFYUI_ARGUMENTS)
+
+
+# ---- training and drawing ----
+
+
+def test_gradients_reach_the_adapters_alone(base: api.Base) -> None:
+    dit_checks.check_gradients(base, LATENT)
+
+
+def test_images_are_drawn(base: api.Base) -> None:
+    dit_checks.check_sampling(base)
+
+
+def test_a_run_resumes_to_the_same_bytes(base: api.Base, tmp_path: Path) -> None:
+    dit_checks.check_training(base, tmp_path)

@@ -1,0 +1,210 @@
+"""Lumina-Image 2.0: Gemma 2 with a system prompt as text encoder, Flux.1's autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..block_weights import Blocks
+from ..objective import Objective
+from ..objective.flow import Flow
+from ..parts import DENOISER, Parts, Target
+from .autoencoder import decoded, load_vae, moments_of, scaled_latents
+from .base import Look, Reading, Tensors, Texts
+from .block_targets import find_block_targets
+from .building import assign, built
+from .gemma_text import encode_gemma, gemma_longest, gemma_tokens, gemma_weights, load_gemma
+from .ldm_keys import UNET_PREFIX
+from .ldm_vae import join_vae, split_vae, vae_from_folder
+from .lumina2_keys import lumina2_from_diffusers
+from .lumina2_model import Block, GroupedAttention, Lumina2Transformer, lumina2_config
+from .vae_prefix import with_ldm_prefix, with_newer_prefix
+from .weights import Renamed, joined
+from .z_image_model import PATCH, FinalLayer
+
+TITLE = "Lumina 2"
+SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
+SAMPLING_SHIFT = 6.0  # of the noise levels when images are drawn; training's is a setting
+TEXT, TEXT_PREFIX = "text_encoder", "text_encoders.gemma2_2b.transformer."
+TEXT_LENGTH, TEXT_LONGEST = 256, 1024
+# What captions stand behind, in ComfyUI's "superior" and diffusers' words. A text of nothing stands alone: so
+# the model learnt what no text is.
+SYSTEM_PROMPT = (
+    "You are an assistant designed to generate superior images with the superior degree of image-text "
+    "alignment based on textual prompts or user prompts. <Prompt Start> "
+)
+UNUSED = ("norm_final.weight",)  # in the authors' files, read by nobody
+MODULATION = "layers.0.adaLN_modulation.1.weight"
+OTHERS = ("clip_text_pooled_proj.0.weight",)  # of NewBie, which reads a CLIP too
+
+
+class Lumina2:
+    """The family of Lumina-Image 2.0; stateless."""
+
+    name = "lumina2"
+    latent_multiple = 8 * PATCH
+    blocks: Blocks | None = None
+    objective: Objective = Flow(shift=SAMPLING_SHIFT)
+    metadata: Mapping[str, str] = {
+        "ss_base_model_version": "lumina2",
+        "modelspec.architecture": "lumina-2/lora",
+        "modelspec.implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
+    }
+    encoders: Mapping[str, str] = {TEXT: "gemma"}
+    optional: tuple[str, ...] = ()
+    folders: Mapping[str, str] = {DENOISER: "transformer", "vae": "vae", TEXT: "text_encoder"}
+    trains_text = False  # ComfyUI reads no LoRA of Gemma 2
+    uses_sizes = False
+    look = Look(36, 4.0)
+    ignored: Mapping[str, str] = {
+        "clip_skip": "Lumina 2 has no CLIP",
+        "max_token_length": "Lumina 2 has no CLIP; t5xxl_max_token_length is its text encoder's",
+        "weighted_captions": "brackets are text to Gemma 2",
+        "train_embeddings": "Lumina 2 has no CLIP to learn words",
+        "guidance_scale": "Lumina 2 is not distilled and is told no guidance",
+        "apply_t5_attn_mask": "padding is always hidden from Lumina 2",
+        "attention": "padding is hidden by torch's own attention",
+    }
+    defaults: Mapping[str, Any] = {
+        "text_encoder_lr": 0.0,
+        "timestep_sampling": "shift",
+        "discrete_flow_shift": 6.0,
+        "sample_cfg": 4.0,
+    }
+
+    def detect(self, weights: Tensors) -> bool:
+        """Say whether single-file weights belong to Lumina 2; Z-Image has no SiLU in its modulation."""
+        needed = ("cap_embedder.1.weight", "noise_refiner.0.attention.qkv.weight")
+        return all(
+            UNET_PREFIX + k in weights for k in (*needed, "layers.0.adaLN_modulation.1.weight")
+        ) and not (any(UNET_PREFIX + k in weights for k in OTHERS))
+
+    def velocity_of(self, weights: Tensors) -> bool | None:
+        """See `Family`: all of them predict the flow's velocity."""
+        return None
+
+    def zero_terminal_of(self, weights: Tensors) -> bool | None:
+        """See `Family`: a flow's last timestep is noise alone anyway."""
+        return None
+
+    def split(self, weights: Tensors) -> dict[str, Tensors]:
+        """Sort single-file weights into state dicts of the parts' modules (views)."""
+        weights = with_ldm_prefix(weights)
+        below = {k[len(UNET_PREFIX) :]: k for k in weights if k.startswith(UNET_PREFIX)}
+        text = {k[len(TEXT_PREFIX) :]: k for k in weights if k.startswith(TEXT_PREFIX)}
+        return {
+            DENOISER: Renamed(weights, {new: old for new, old in below.items() if new not in UNUSED}),
+            "vae": split_vae(weights),
+            TEXT: gemma_weights(Renamed(weights, text)),
+        }
+
+    def join(self, state_dicts: Mapping[str, Tensors]) -> Tensors:
+        """Return the parts under single-file names (views): what `split` takes apart."""
+        denoiser, text = state_dicts[DENOISER], state_dicts[TEXT]
+        return with_newer_prefix(
+            joined(
+                [
+                    join_vae(state_dicts["vae"]),
+                    Renamed(text, {f"{TEXT_PREFIX}model.{name}": name for name in text}),
+                    Renamed(denoiser, {UNET_PREFIX + name: name for name in denoiser}),
+                ]
+            )
+        )
+
+    def from_folder(self, state_dicts: Mapping[str, Tensors]) -> dict[str, Tensors]:
+        """Bring the parts of a diffusers folder to the modules' names: query, key and value become one."""
+        return {
+            DENOISER: lumina2_from_diffusers(state_dicts[DENOISER]),
+            "vae": vae_from_folder(state_dicts["vae"]),
+            TEXT: gemma_weights(state_dicts[TEXT]),
+        }
+
+    def load(self, state_dicts: Mapping[str, Tensors], tokenizers: Mapping[str, Any]) -> Parts:
+        """Build the modules on the meta device and assign the given tensors to them, without a copy."""
+        sd = state_dicts[DENOISER]
+        denoiser = built("transformer", TITLE, lambda: Lumina2Transformer(**lumina2_config(sd)))
+        assign(denoiser, sd, "transformer", TITLE)
+        vae = load_vae(state_dicts["vae"], TITLE, scaling_factor=SCALING_FACTOR, shift_factor=SHIFT_FACTOR)
+        text = load_gemma(state_dicts[TEXT], tokenizers[TEXT], TITLE)
+        return Parts(denoiser, vae, nn.ModuleDict({TEXT: text}), {TEXT: tokenizers[TEXT]})
+
+    def latent_shape(self, parts: Parts, height: int, width: int) -> tuple[int, ...]:
+        """Return (16, height / 8, width / 8)."""
+        return (cast(Any, parts.vae).config.latent_channels, height // 8, width // 8)
+
+    def encode_images(self, parts: Parts, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encode pixels (B, 3, H, W) in [-1, 1] into mean and std of their latents, float32, unscaled."""
+        return moments_of(parts.vae, pixels)
+
+    def latents(self, moments: Tensors, noise: torch.Tensor) -> torch.Tensor:
+        """Draw scaled latents (B, 16, H/8, W/8) from moments with standard normal ``noise``."""
+        return scaled_latents(moments, noise, SCALING_FACTOR, SHIFT_FACTOR)
+
+    def decode(self, parts: Parts, latents: torch.Tensor) -> torch.Tensor:
+        """Return pixels (B, 3, H, W), about in [-1, 1], float32, for scaled latents."""
+        return decoded(parts.vae, latents, SCALING_FACTOR, SHIFT_FACTOR)
+
+    def tokenize(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Texts:
+        """Return token ids (B, L) and 1 where one is no padding, both int64."""
+        return gemma_tokens(parts.tokenizer, _told(captions), reading.t5_length or TEXT_LENGTH)
+
+    def reading_for(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Reading:
+        """Return the reading with the tokens that the longest caption needs, up to the most of all."""
+        longest = gemma_longest(parts.tokenizer, _told(captions))
+        return replace(reading, t5_length=min(max(reading.t5_length or TEXT_LENGTH, longest), TEXT_LONGEST))
+
+    def encode_text(self, parts: Parts, tokens: Texts, reading: Reading) -> Texts:
+        """Return Gemma's states (B, L, D), and 1 where a place (B, L) is no padding, in their dtype."""
+        ids, mask = tokens
+        states = encode_gemma(parts.text_encoder, ids, mask)
+        return states, mask.to(states.dtype)
+
+    def cond_shapes(self, parts: Parts, reading: Reading) -> list[tuple[int, ...]]:
+        """Return [(L, D), (L,)]."""
+        length = reading.t5_length or TEXT_LENGTH
+        return [(length, cast(Any, parts.text_encoder).config.hidden_size), (length,)]
+
+    def word_rows(self, parts: Parts, text: str) -> torch.Tensor:
+        """See `Family`: refused before, by ``ignored``."""
+        raise NotImplementedError("train_embeddings")
+
+    def add_words(self, parts: Parts, vectors: Mapping[str, nn.Parameter]) -> None:
+        """See `Family`: refused before, by ``ignored``."""
+        raise NotImplementedError("train_embeddings")
+
+    def predict(
+        self,
+        parts: Parts,
+        noisy: torch.Tensor,
+        t: torch.Tensor,
+        cond: Texts,
+        sizes: torch.Tensor | None = None,
+        guidance: float | None = None,
+    ) -> torch.Tensor:
+        """Return the velocity, noise minus image, for noisy latents at timesteps t (B,) in [0, 1000]."""
+        text, seen = cond
+        out = parts.denoiser(noisy.to(parts.dtype), t, text.to(parts.dtype), seen.bool())
+        return cast(torch.Tensor, out)
+
+    def targets(
+        self, parts: Parts, *, convolutions: bool, preset: str = "", norms: bool = False
+    ) -> list[Target]:
+        """List the layers that kohya's trainer trains, or those of a preset; see `find_block_targets`."""
+        return find_block_targets(
+            parts,
+            (Block, FinalLayer),
+            (GroupedAttention,),
+            family=TITLE,
+            convolutions=convolutions,
+            preset=preset,
+            norms=norms,
+        )
+
+
+def _told(captions: Sequence[str]) -> list[str]:
+    """Put the system prompt before captions that say something."""
+    return [SYSTEM_PROMPT + caption if caption else caption for caption in captions]
