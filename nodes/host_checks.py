@@ -7,7 +7,7 @@ from typing import Any
 import comfy.model_management as management
 
 from ..trainer.errors import LoraGraftError, listed
-from .host_names import KNOWN, SD15, Known, family_of, text_encoders
+from .host_names import KNOWN, Known, family_of, text_encoders
 
 
 def check_base(model: Any, clip: Any, vae: Any) -> Known:
@@ -40,9 +40,12 @@ def check_clip_skip(model: Any, clip: Any, clip_skip: int) -> None:
     if layer is None:
         return
     without = "link the CLIP without CLIP Set Last Layer"
-    if family_of(model) is SD15:
-        unfit, wanted = -layer != clip_skip, f"clip_skip is {clip_skip}"
-        fix = f"set clip_skip to {-layer}, or {without}"
+    known = family_of(model)
+    first = known.layer if known else 0
+    if first:
+        meant = 1 - layer - first  # what clip_skip would be
+        unfit, wanted = meant != clip_skip, f"clip_skip is {clip_skip}"
+        fix = f"set clip_skip to {meant}, or {without}" if meant > 0 else without
     else:
         own = [encoder.options_default for encoder in text_encoders(clip).values()]
         unfit, wanted = any(o[:2] != ("hidden", layer) for o in own), "this family is trained at its own"

@@ -27,7 +27,8 @@ class Known:
     ``config`` and ``model`` name classes of comfy.supported_models and comfy.model_base, the second exactly:
     one derived from it takes other inputs. ``texts`` are the text encoders' names on its CLIP, each of which
     may be missing where ``optional``; ``inputs`` and ``channels`` the denoiser's and the latents' channels;
-    ``vae`` tensors that its VAE has.
+    ``vae`` tensors that its VAE has. ``layer`` is the text encoder's, counted from its end, that clip_skip 1
+    means; 0 where clip_skip means nothing.
     """
 
     title: str
@@ -39,6 +40,7 @@ class Known:
     vae: tuple[str, ...] = KL
     optional: bool = False
     flow: bool = True
+    layer: int = 0
 
     def fits(self, model: Any) -> bool:
         """Say whether a MODEL is of these classes."""
@@ -50,10 +52,10 @@ class Known:
 
 
 WITH_QUANT = (*KL, "post_quant_conv.weight")
-SD15 = Known("SD1.x", "SD15", "BaseModel", ("clip_l",), 4, 4, WITH_QUANT, flow=False)
+SD15 = Known("SD1.x", "SD15", "BaseModel", ("clip_l",), 4, 4, WITH_QUANT, flow=False, layer=1)
 KNOWN = (
     SD15,
-    Known("SD2.x", "SD20", "BaseModel", ("clip_h",), 4, 4, WITH_QUANT, flow=False),
+    Known("SD2.x", "SD20", "BaseModel", ("clip_h",), 4, 4, WITH_QUANT, flow=False, layer=2),
     Known("SDXL", "SDXL", "SDXL", ("clip_l", "clip_g"), 4, 4, WITH_QUANT, flow=False),
     Known("SD3", "SD3", "SD3", ("clip_l", "clip_g", "t5xxl"), 16, 16, optional=True),
     Known("Flux.1", "Flux", "Flux", ("clip_l", "t5xxl"), 16, 16),
@@ -80,7 +82,7 @@ def token_counter(clip: Any) -> Callable[[str], int] | None:
     With several text encoders it is the first one's, which has the least room for them.
     """
     first = next(iter(text_encoders(clip)), "")
-    tokenizer = getattr(getattr(clip.tokenizer, first, None), "tokenizer", None)
+    tokenizer = getattr(_tokenizer(clip, first), "tokenizer", None)
     if not callable(tokenizer):
         return None
     marks = len(tokenizer("")["input_ids"])
@@ -94,7 +96,7 @@ def tokenizer_folders(clip: Any) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for name in text_encoders(clip):
-        inner = getattr(clip.tokenizer, name, None)
+        inner = _tokenizer(clip, name)
         folder = Path(str(getattr(getattr(inner, "tokenizer", None), "name_or_path", "")))
         kind = next((kind for start, kind in TOKENIZERS.items() if name.startswith(start)), None)
         if kind is None or not any((folder / file).is_file() for file in TOKENIZER_FILES):
@@ -107,3 +109,8 @@ def tokenizer_folders(clip: Any) -> dict[str, Path]:
             )
         found.setdefault(kind, folder)
     return found
+
+
+def _tokenizer(clip: Any, name: str) -> Any:
+    """Return a text encoder's tokenizer, which a few CLIPs have under a longer name."""
+    return getattr(clip.tokenizer, name, None) or getattr(clip.tokenizer, f"clip_{name}", None)

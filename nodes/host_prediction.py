@@ -39,6 +39,7 @@ def check_prediction(model: Any, v_parameterization: bool, zero_terminal_snr: bo
     if known is None:  # it is trained as it is sampled, by ComfyUI itself
         return
     sampling = model.get_model_object("model_sampling")
+    unfit: dict[str, bool | None]
     if known.flow:
         unfit = {} if _kind(sampling) is comfy.model_sampling.CONST else {"its sampling": None}
     else:

@@ -34,13 +34,20 @@ class KohyaConfig(io.ComfyNode):
             description="Settings of kohya's sd-scripts or lora-scripts, pasted as TOML or as a command "
             "line. What they leave out has kohya's default. Settings that cannot be honoured are refused "
             "before anything runs.",
-            search_aliases=["sd-scripts", "lora-scripts", "import settings", "train_network.py"],
+            search_aliases=[
+                "sd-scripts",
+                "lora-scripts",
+                "import settings",
+                "train_network.py",
+                "flux_train_network.py",
+            ],
             inputs=[
                 io.String.Input(
                     "config",
                     default=EXAMPLE,
                     multiline=True,
-                    tooltip="The text of a config_file (TOML), or a whole command line of train_network.py.",
+                    tooltip="The text of a config_file (TOML), or a whole command line of train_network.py "
+                    "or of kohya's scripts for SDXL, SD3 and Flux.",
                 ),
                 Settings.Input(
                     "settings", optional=True, tooltip="From another settings node; both then count."

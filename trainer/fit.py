@@ -12,6 +12,7 @@ from .costs import Largest, case_of, costs_of_runs, flat_of, placed_bytes
 from .engine.captured import Captured
 from .engine.checkpointing import Undo, blocks, checkpoint_blocks
 from .engine.meter import CannotMeasure
+from .engine.packed_tensor import held
 from .engine.planner import Plan, advice, beyond_room, compare, is_out_of_memory, plan
 from .engine.predictor import Case, Footprints, dry_run, free_bytes
 from .engine.swap import Swap, frozen
@@ -204,5 +205,5 @@ def _is_shared(run: Run, of_denoiser: Sequence[nn.Module]) -> bool:
     if run.base.owned:
         return False
     hosts = run.base.state_dicts["denoiser"]
-    places = {t.untyped_storage().data_ptr() for t in (hosts[name] for name in hosts)}
+    places = {t.untyped_storage().data_ptr() for name in hosts for t in held(hosts[name])}
     return any(t.untyped_storage().data_ptr() in places for b in of_denoiser for t in frozen(b) if t.numel())

@@ -172,6 +172,7 @@ def build(
     if config.v_parameterization:
         texts |= {PREDICTION: VELOCITY, "ss_v_parameterization": "True"}
         texts[TERMINAL] = str(config.zero_terminal_snr)
+        texts |= getattr(base.family, "velocity_metadata", {})  # of a family that calls such models otherwise
     trained = [r for r in train_set.records if not r.is_reg]
     texts["ss_tag_frequency"] = compact(_tag_frequency(trained, data))
     texts["ss_dataset_dirs"] = compact(_dataset_dirs(trained))

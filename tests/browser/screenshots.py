@@ -25,6 +25,13 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 MAX_BYTES = 300_000
 MARGIN = 24
+LOADERS = {  # of what only a user has, and the folders below models that they read
+    "CheckpointLoaderSimple": "checkpoints",
+    "UNETLoader": "diffusion_models",
+    "DualCLIPLoader": "text_encoders",
+    "TripleCLIPLoader": "text_encoders",
+    "VAELoader": "vae",
+}
 # Where no part of the page's own frame lies over the canvas.
 LEFT, TOP, RIGHT, BOTTOM = 110, 200, 60, 110
 QUIET = {
@@ -118,7 +125,7 @@ def train_demo(page: Any, graph: dict[str, Any], seed: int, at_half: Callable[[]
 def runs_here(workflow: dict[str, Any], *, training: bool) -> bool:
     """Say whether a workflow needs nothing of a user's, and no training unless that is wanted."""
     types = {node["type"] for node in workflow["nodes"]}
-    return "CheckpointLoaderSimple" not in types and (training or "LoraGraftTrainLoRA" not in types)
+    return types.isdisjoint(LOADERS) and (training or "LoraGraftTrainLoRA" not in types)
 
 
 def run_graph(page: Any, graph: dict[str, Any]) -> None:
@@ -166,12 +173,13 @@ def main() -> None:
     demo = json.loads((examples / "LoraGraft Demo.json").read_text("utf-8"))
     with tempfile.TemporaryDirectory() as folder, pages.browser() as chromium:
         base = Path(folder)
-        checkpoints = base / "models" / "checkpoints"
-        checkpoints.mkdir(parents=True)
         for graph in examples.glob("*.json"):  # so that the graphs look as they do where the model is there
             for node in json.loads(graph.read_text("utf-8"))["nodes"]:
-                if node["type"] == "CheckpointLoaderSimple":
-                    (checkpoints / node["widgets_values"][0]).touch()
+                for name in (v for v in node["widgets_values"] if str(v).endswith(".safetensors")):
+                    if node["type"] in LOADERS:
+                        file = base / "models" / LOADERS[node["type"]] / name
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        file.touch()
         with harness.Comfy.start(Path(comfyui), base, ROOT) as server:
             for nodes2 in (False, True):
                 name = "nodes2" if nodes2 else "classic"

@@ -184,7 +184,7 @@ def test_comfyui_and_the_trainers_own_modules_draw_the_same(
 
 
 @pytest.mark.skipif(on_gpu(), reason="the command line trains on the CPU here")
-@pytest.mark.parametrize("family", ["sd2_v", "sdxl", "sd35_clips", "flux"])
+@pytest.mark.parametrize("family", ["sd2_v", "sdxl", "sd35_clips", "flux", "flux_fp8"])
 def test_the_graph_and_the_command_line_give_the_same(
     server: Comfy, family: str, comfyui: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +197,14 @@ def test_the_graph_and_the_command_line_give_the_same(
     loras = headless.train(tmp_path, str(file), {**settings, **FAMILIES[family][1], "shuffle_caption": True})
     name = f"both_{family}.safetensors"
     assert headless.assert_same_file(server.base / "models/loras" / name, loras / name) > 50
+
+
+def test_weights_that_comfyui_gguf_holds_are_read_packed(server: Comfy) -> None:
+    graph = {**tiny("flux"), "look": prompts.node("ProbeGGUF", **BASE)}
+    report = prompts.answer(server.run(graph), "look")
+    assert report["family"] == "flux" and report["names"] == []
+    assert report["packed"] == report["kept"] > 20 and report["copied"] == []
+    assert 1e-5 < report["error"] < 0.01, "eight bits of each value"
 
 
 @pytest.mark.parametrize(
@@ -226,7 +234,14 @@ def test_a_vae_of_another_family_is_refused(server: Comfy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "stop", "fits"), [("sdxl", -2, True), ("sdxl", -1, False), ("flux", -2, False)]
+    ("family", "stop", "fits"),
+    [
+        ("sd2", -2, True),
+        ("sd2", -1, False),
+        ("sdxl", -2, True),
+        ("sdxl", -1, False),
+        ("flux", -2, False),
+    ],
 )
 def test_a_clip_stopped_at_another_layer_is_refused(
     server: Comfy, family: str, stop: int, fits: bool

@@ -38,7 +38,7 @@ class Guide:
     """A guide's workflow as a quick prompt; ``outputs`` and ``log`` are there once it ran."""
 
     def __init__(self, name: str, info: dict[str, Any]) -> None:
-        self.info = info
+        self.name, self.info = name, info
         self.workflow = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
         self.outputs: dict[str, Any] = {}
         self.log = ""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loragraft_tests.comfyui import workflows
-from loragraft_tests.comfyui.guides import GUIDES
+from loragraft_tests.comfyui.guides import FAMILIES, GUIDES
 from loragraft_tests.comfyui.harness import Comfy
 from loragraft_tests.comfyui.sheet import to_prompt
 
@@ -21,6 +21,15 @@ MADE = {
     workflows.DATASET_NAME: workflows.dataset_workflow,
     workflows.SWEEP_NAME: workflows.sweep_workflow,
     **GUIDES,  # test_guides.py runs them
+    **FAMILIES,  # and test_family_workflows.py these
+}
+# What only a reader has: models, and images.
+LACKING = {
+    workflows.SD15_NAME: {"CheckpointLoaderSimple"},
+    "LoraGraft SD2.x": {"CheckpointLoaderSimple"},
+    "LoraGraft SDXL": {"CheckpointLoaderSimple"},
+    "LoraGraft SD3.5": {"CheckpointLoaderSimple", "TripleCLIPLoader"},
+    "LoraGraft Flux.1": {"UNETLoader", "DualCLIPLoader", "VAELoader"},
 }
 
 
@@ -52,14 +61,14 @@ def test_every_workflow_here_is_known() -> None:
 def test_the_workflow_validates(server: Comfy, info: dict[str, Any], name: str) -> None:
     graph = to_prompt(read(name), info)
     status, answer = server.post_prompt(graph)
-    if name != workflows.SD15_NAME:
+    if name not in LACKING:
         server.interrupt()
         server.wait(answer["prompt_id"])
         assert status == 200 and not answer.get("node_errors")
-    else:  # only what a user has to supply is missing: the checkpoint and the image folder
+    else:
         problems = [(e["type"], n["class_type"]) for n in answer["node_errors"].values() for e in n["errors"]]
         assert set(problems) == {
-            ("value_not_in_list", "CheckpointLoaderSimple"),
+            *(("value_not_in_list", kind) for kind in LACKING[name]),
             ("custom_validation_failed", "LoraGraftLoadImageFolder"),
         }
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from loragraft.trainer import api
-from loragraft_tests.trainer import runs, tiny
+from loragraft_tests.trainer import runs, tiny, tiny_sdxl
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +29,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base(checkpoint: Path, tokenizer: Path) -> api.Base:
     """Return the opened tiny base model."""
     return api.open_base(checkpoint, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def sdxl_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny SDXL's single file, float32."""
+    path = tmp_path_factory.mktemp("sdxl") / "tiny.safetensors"
+    return tiny_sdxl.write_checkpoint(path, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def sdxl(sdxl_file: Path, tokenizer: Path) -> api.Base:
+    """Return the opened tiny SDXL."""
+    return api.open_base(sdxl_file, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
 
-from loragraft.trainer import api
+from loragraft.trainer import api, loop
 from loragraft.trainer.data.batches import Batch, plan_epoch
 
 Kind = TypeVar("Kind")
@@ -123,3 +124,22 @@ def run_folder(places: api.Places) -> Path:
 def tree(root: Path) -> dict[str, bytes]:
     """Return every file below ``root`` with its content."""
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+class Enough(Exception):
+    """What was to be seen was seen."""
+
+
+def look_inside(
+    training: Training, monkeypatch: pytest.MonkeyPatch, look: Callable[[Any], None], **changes: Any
+) -> None:
+    """Open a run, prepare its data, and end it after ``look``."""
+
+    def begin(run: Any, *_: Any) -> None:
+        list(run.inputs.prepare())
+        look(run)
+        raise Enough
+
+    with monkeypatch.context() as patched, pytest.raises(Enough):
+        patched.setattr(loop, "begin", begin)
+        list(training.start(**changes))

@@ -282,6 +282,11 @@ def test_comfyui_knows_every_key_of_the_lora(base: api.Base, tmp_path: Path) -> 
     dit_checks.check_comfyui_reads_the_lora(base, tmp_path, COMFYUI, comfyui_arguments(2, 2))
 
 
+def test_a_diffusers_folder_is_the_same_base(base: api.Base, tmp_path: Path) -> None:
+    parts = tiny_dits.folder_parts(tiny_dits.random_chroma(), tiny_dits.random_vae(), tiny_t5.random_t5())
+    dit_checks.check_folder(base, parts, tmp_path / "folder")
+
+
 # ---- training and drawing ----
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from loragraft.trainer import api, loop, losses
+from loragraft.trainer import api, losses
 from loragraft.trainer.adapters.files import read_metadata
 from loragraft.trainer.data.batches import plan_epoch
 from loragraft.trainer.data.train_set import Block, freeze_blocks
@@ -34,25 +34,6 @@ FULL: dict[str, Any] = {
     "max_train_steps": 2,
     "save_precision": "fp32",
 }
-
-
-class Enough(Exception):
-    """What was to be seen was seen."""
-
-
-def look_inside(
-    training: runs.Training, monkeypatch: pytest.MonkeyPatch, look: Callable[[Any], None], **changes: Any
-) -> None:
-    """Open a run, prepare its data, and end it after ``look``."""
-
-    def begin(run: Any, *_: Any) -> None:
-        list(run.inputs.prepare())
-        look(run)
-        raise Enough
-
-    with monkeypatch.context() as patched, pytest.raises(Enough):
-        patched.setattr(loop, "begin", begin)
-        list(training.start(**changes))
 
 
 def test_everything_is_every_number_of_the_denoiser(training: runs.Training) -> None:
@@ -83,7 +64,7 @@ def test_it_is_the_step_that_fine_tuning_takes(
         losses.micro_losses(plain, run.inputs, [run.config], run.feed(0)[0].tensors).sum().backward()
         optimizer.step()
 
-    look_inside(training.elsewhere("other"), monkeypatch, step, **changes)
+    runs.look_inside(training.elsewhere("other"), monkeypatch, step, **changes)
     assert finished.model_file is not None
     weights = load_file(finished.model_file)
     states = {"denoiser": plain.denoiser.state_dict(), **without_denoiser(training.base)}
@@ -330,6 +311,6 @@ def test_class_images_of_weight_0_teach_nothing(
             run.engine.backward([Micro(0, run.feed(0)[1].tensors, 1)])
             norms[weight] = float(run.engine.update(0, 0.0))
 
-        look_inside(dreambooth(weight), monkeypatch, backward, gradient_accumulation_steps=2, engine="eager")
+        runs.look_inside(dreambooth(weight), monkeypatch, backward, gradient_accumulation_steps=2, engine="eager")
     assert norms[0.0] == 0 and norms[1.0] > 0
     assert norms[0.5] == pytest.approx(norms[1.0] / 2, rel=1e-4)

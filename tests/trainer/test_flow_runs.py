@@ -75,6 +75,25 @@ def test_a_steps_loss_is_the_reference_trainers(case: dict[str, Any]) -> None:
     torch.testing.assert_close(got, torch.tensor(case["losses"]), rtol=1e-5, atol=1e-6)
 
 
+def test_runs_side_by_side_have_losses_of_their_own() -> None:
+    table = GOLDEN["tensors"]
+    shape = (2, *table["shape"][1:])
+    x, noise, output = (
+        torch.tensor(table[name]).view(table["shape"])[:1].expand(shape)
+        for name in ("latents", "noise", "output")
+    )
+    configs = [
+        api.TrainConfig(model_prediction_type=kind, weighting_scheme=scheme)
+        for kind, scheme in (("raw", "none"), ("denoised", "cosmap"))
+    ]
+    family = SimpleNamespace(objective=Flow(), predict=lambda *given: output)
+    inputs: Any = SimpleNamespace(base=SimpleNamespace(family=family), embed=lambda text: text)
+    fed = Fed(x, noise, torch.full((2,), 1000 * table["sigmas"][0]), (torch.zeros(2, 1),))
+    both = micro_losses(None, inputs, configs, fed.tensors)  # type: ignore[arg-type]
+    wanted = [loss_of("raw", "none")[0], loss_of("denoised", "cosmap")[0]]
+    torch.testing.assert_close(both, torch.stack(wanted))
+
+
 def test_auto_compares_velocities() -> None:
     assert torch.equal(loss_of("auto", "none"), loss_of("raw", "none"))
 
@@ -146,6 +165,17 @@ def test_the_base_models_defaults_are_what_is_drawn(straight: runs.Training) -> 
     n = torch.cat([torch.randn(1, generator=generator(42, 0, sample, "t")) for sample in range(len(t))])
     s = torch.sigmoid(n)
     assert t == pytest.approx((1000 * 3 * s / (1 + 2 * s)).tolist())
+
+
+def test_a_bucket_is_the_size_that_flux_shift_counts(straight: runs.Training) -> None:
+    family: Any = straight.base.family
+    straight.finish(max_train_steps=1, network_train_unet_only=True, timestep_sampling="flux_shift")
+    (given,) = (given for given in family.seen if len(given) > 3 and given[1].device.type == "cpu")
+    config = api.TrainConfig(timestep_sampling="flux_shift")
+    size = tuple(8 * side for side in given[1].shape[2:])
+    wanted = [draw_timestep(config, Flow(), size, 0, sample) for sample in range(len(given[2]))]
+    assert given[2].tolist() == torch.cat(wanted).tolist()
+    assert wanted != [draw_timestep(config, Flow(), (16, 16), 0, sample) for sample in range(len(wanted))]
 
 
 @pytest.mark.parametrize("settings", [{"min_snr_gamma": 5.0}, {"clip_skip": 2}, {"discrete_flow_shift": -1}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from loragraft.trainer.config import TrainConfig
+from loragraft.trainer.contradictions.family import check
 from loragraft.trainer.engine import checkpointing
 from loragraft.trainer.engine.frozen import freeze
 from loragraft.trainer.engine.precision import KEPT_WHOLE
@@ -246,6 +249,9 @@ def test_hidden_padding_is_hidden_from_t5_and_from_the_transformer(parts: Parts)
     cond = own.encode_text(parts, tokens, reading)
     assert own.cond_shapes(parts, reading) == [tuple(x.shape[1:]) for x in cond]
     assert torch.equal(cond[2], tokens[2])
+    t5: Any = parts.text_encoders["text_encoder_2"]
+    assert torch.equal(cond[0], t5(input_ids=tokens[1], attention_mask=tokens[2]).last_hidden_state)
+    assert not torch.allclose(cond[0], own.encode_text(parts, tokens, READING)[0])
     given = inputs()
     before = own.predict(parts, given["latents"], given["t"], cond)
     cond[0][0, 10:] = 5.0  # padding of the first caption
@@ -399,6 +405,20 @@ def test_however_a_base_is_kept_it_is_the_same_model(tmp_path: Path, folders: Fo
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "part"), [("vae.", "vae"), ("text_encoders.clip_l", "clip"), ("text_enc", "t5")]
+)
+def test_a_file_without_a_part_is_refused_with_the_remedy(
+    tmp_path: Path, folders: Folders, prefix: str, part: str
+) -> None:
+    weights = {k: v for k, v in tiny_flux.single_file_weights().items() if not k.startswith(prefix)}
+    save_file(weights, tmp_path / "flux.safetensors")
+    with pytest.raises(LoraGraftError, match="LG-BASE-012") as caught:
+        opening.open_file(tmp_path / "flux.safetensors", tokenizer=[folders.clip, folders.t5])
+    assert part in caught.value.what
+    assert "--vae FILE, --text_encoder FILE" in caught.value.fix
+
+
 def test_blocks_of_both_kinds_can_be_computed_twice_or_wait_in_host_memory(parts: Parts) -> None:
     found = checkpointing.blocks(parts.denoiser)
     assert [type(block).__name__ for block in found] == ["DoubleBlock"] * 2 + ["SingleBlock"] * 2
@@ -438,3 +458,37 @@ def test_layers_around_the_blocks_are_never_packed(folders: Folders, storage: st
     assert done.num_packed == 26
     outside = (loaded.denoiser.img_in, loaded.denoiser.final_layer.linear, loaded.denoiser.time_in.in_layer)
     assert all(type(layer) is nn.Linear for layer in outside)
+
+
+GIVEN: dict[str, Any] = {
+    "clip_skip": 2,
+    "max_token_length": 150,
+    "weighted_captions": True,
+    "train_embeddings": ("zibu",),
+    "attention": "plain",
+    "down_lr_weight": "sine",
+    "mid_lr_weight": "1",
+    "up_lr_weight": "cosine",
+    "block_dims": "4",
+    "block_alphas": "4",
+    "conv_block_dims": "4",
+    "conv_block_alphas": "4",
+    "guidance_scale": 2.0,
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_settings_without_a_meaning_are_refused(name: str) -> None:
+    dev, schnell = FAMILIES["flux"], FAMILIES["flux_schnell"]
+    assert {*dev.ignored, *schnell.ignored} == set(GIVEN)
+    given = dataclasses.replace(TrainConfig(), **{name: GIVEN[name]})
+    check(TrainConfig(), dev)
+    check(TrainConfig(), schnell)
+    with pytest.raises(LoraGraftError, match="LG-CFG-004") as caught:
+        check(given, schnell)
+    assert name in caught.value.what
+    if name == "guidance_scale":
+        check(given, dev)
+    else:
+        with pytest.raises(LoraGraftError, match="LG-CFG-004"):
+            check(given, dev)

@@ -238,6 +238,13 @@ def test_presets_name_sets_of_layers(parts: Parts, preset: str, count: int) -> N
     assert len(Flux2Klein().targets(parts, convolutions=False, preset=preset)) == count
 
 
+def test_a_diffusers_folder_is_the_same_base(base: api.Base, tmp_path: Path) -> None:
+    parts = tiny_dits.folder_parts(
+        tiny_dits.random_klein(), tiny_dits.random_klein_vae(), tiny_dits.random_klein_text()
+    )
+    dit_checks.check_folder(base, parts, tmp_path / "folder")
+
+
 # ---- training and drawing ----
 
 

@@ -144,3 +144,11 @@ def test_a_file_tells_what_it_was_trained_on_and_how(training: runs.Training) ->
     }
     assert {name: told.get(name) for name in expected} == expected
     assert "modelspec.prediction_type" not in told
+
+
+def test_normalisation_and_outer_layers_are_trained_by_the_preset_everything(training: runs.Training) -> None:
+    lora = saved(training.finish(**SHORT, preset="everything", text_encoder_lr=0.0))
+    norms = {k: v for k, v in lora.items() if k.endswith(".w_norm")}
+    assert len(norms) == 2 * 4 + 2 * 2
+    assert all(v.any() for v in norms.values())
+    assert "lora_unet_final_layer_adaLN_modulation_1.lora_up.weight" in lora

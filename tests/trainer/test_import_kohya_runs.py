@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 
 from loragraft.trainer import __main__ as cli
 from loragraft.trainer import api
-from loragraft_tests.trainer import tiny_flux
+from loragraft_tests.trainer import tiny_flux, tiny_sd3, tiny_sdxl
 
 FLUX_FILES = {
     "flux1-dev": "model.diffusion_model.",
-    "ae": "first_stage_model.",
+    "ae": "vae.",
     "clip_l": "text_encoders.clip_l.transformer.",
     "t5xxl": "text_encoders.t5xxl.transformer.",
 }
@@ -38,7 +38,7 @@ def flux_line(folder: Path, images: Path, *more: str) -> str:
         f'--clip_l="{folder.as_posix()}/clip_l.safetensors"',
         f'--t5xxl="{folder.as_posix()}/t5xxl.safetensors" --ae="{folder.as_posix()}/ae.safetensors"',
         f'--train_data_dir="{images.as_posix()}" --output_dir="{folder.as_posix()}/out"',
-        "--output_name=flux --save_model_as=safetensors --resolution=32 --caption_extension=.txt",
+        "--output_name=flux --save_model_as=safetensors --resolution=64 --caption_extension=.txt",
         "--network_module=networks.lora_flux --network_dim=4 --network_alpha=1 --learning_rate=1e-3",
         "--lr_scheduler=constant --sdpa --max_train_steps=1 --mixed_precision=no --guidance_scale=1.0",
         "--timestep_sampling=shift --discrete_flow_shift=3.1582 --model_prediction_type=raw --seed=42",
@@ -48,11 +48,13 @@ def flux_line(folder: Path, images: Path, *more: str) -> str:
     return " \\\n  ".join(line)
 
 
-def train(folder: Path, text: str) -> int:
+def train(folder: Path, text: str, *kinds: str) -> int:
+    """Run a line; ``kinds`` are the tokenizers that its base needs."""
     file = folder / "line.txt"
     file.write_text(text, encoding="utf-8")
-    flags = ("--tokenizer", str(folder / "clip"), "--tokenizer", str(folder / "t5"), "--device", "cpu")
-    return cli.main(["train", "--config_file", str(file), *flags, "--preview_image", "false"])
+    tokenizers = [flag for kind in kinds or ("clip", "t5") for flag in ("--tokenizer", str(folder / kind))]
+    flags = (*tokenizers, "--device", "cpu", "--preview_image", "false")
+    return cli.main(["train", "--config_file", str(file), *flags])
 
 
 def test_a_line_for_flux(flux: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,6 +82,32 @@ def test_t5_is_trained_with_train_t5xxl(flux: Path, images: Path, capsys: pytest
     assert train(flux, line) == 0, capsys.readouterr().err
     tensors = api.lora_tensors(flux / "out" / "loras" / "flux.safetensors")
     assert {name.split("_")[1] for name in tensors} == {"unet", "te1", "te3"}
+
+
+@pytest.mark.parametrize("program", ["sd3_train_network.py", "sdxl_train_network.py"])
+def test_lines_for_sd3_and_sdxl(
+    program: str, tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base.safetensors"
+    if program.startswith("sd3"):
+        tiny_sd3.write_checkpoint(base, "sd35_medium")
+        own = "--weighting_scheme logit_normal --training_shift 3 --t5xxl_max_token_length 16 --clip_skip 2"
+        prefixes, kinds = {"unet", "te1", "te2"}, ["clip", "t5"]
+    else:
+        tiny_sdxl.write_checkpoint(base)
+        own = "--text_encoder_lr 1e-3 0 --min_snr_gamma 5 --no_half_vae --clip_skip 2"
+        prefixes, kinds = {"unet", "te1"}, ["clip"]
+    tiny_flux.write_tokenizers(tmp_path)
+    line = (
+        f'{program} --pretrained_model_name_or_path "{base.as_posix()}" '
+        f'--train_data_dir "{images.as_posix()}" --output_dir "{tmp_path.as_posix()}/out" '
+        f"--output_name it --network_module networks.lora {own} "
+        "--network_dim 4 --learning_rate 1e-3 --max_train_steps 1 --resolution 64 --caption_extension .txt"
+    )
+    assert train(tmp_path, line, *kinds) == 0, capsys.readouterr().err
+    tensors = api.lora_tensors(tmp_path / "out" / "loras" / "it.safetensors")
+    assert {name.split("_")[1] for name in tensors} == prefixes
+    assert "clip_skip 2" in capsys.readouterr().err
 
 
 def test_what_the_base_has_no_use_for_is_refused_before_a_step(

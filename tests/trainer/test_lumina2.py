@@ -13,6 +13,7 @@ from loragraft.trainer.families import FAMILIES
 from loragraft.trainer.families.base import Reading
 from loragraft.trainer.families.lumina2 import SYSTEM_PROMPT, Lumina2
 from loragraft.trainer.families.lumina2_model import Lumina2Transformer
+from loragraft.trainer.objective.flow_times import Times, drawn_level
 from loragraft.trainer.parts import Parts
 from loragraft_tests.trainer import comfy_peer, dit_checks, tiny_dits
 
@@ -211,6 +212,13 @@ def test_comfyui_knows_every_key_of_the_lora(base: api.Base, tmp_path: Path) -> 
     dit_checks.check_comfyui_reads_the_lora(base, tmp_path, COMFYUI, COMFYUI_ARGUMENTS)
 
 
+def test_a_diffusers_folder_is_the_same_base(base: api.Base, tmp_path: Path) -> None:
+    parts = tiny_dits.folder_parts(
+        tiny_dits.random_lumina(), tiny_dits.random_vae(), tiny_dits.random_gemma()
+    )
+    dit_checks.check_folder(base, parts, tmp_path / "folder")
+
+
 # ---- training and drawing ----
 
 
@@ -224,3 +232,20 @@ def test_images_are_drawn(base: api.Base) -> None:
 
 def test_a_run_resumes_to_the_same_bytes(base: api.Base, tmp_path: Path) -> None:
     dit_checks.check_training(base, tmp_path)
+
+
+# ---- noise levels ----
+
+
+def test_noise_levels_are_drawn_by_the_images_size_as_the_reference_recommends() -> None:
+    """Even numbers, moved by diffusers' own shift for Lumina 2: the reference trainer's nextdit_shift."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.lumina2.pipeline_lumina2 import calculate_shift
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    for side in (512, 1024):
+        tokens = (side // 16) ** 2
+        draws = torch.rand(1, generator=torch.Generator().manual_seed(4))
+        expected = scheduler.time_shift(calculate_shift(tokens), 1.0, draws)
+        ours = drawn_level(Times("nextdit_shift"), torch.Generator().manual_seed(4), tokens)
+        torch.testing.assert_close(ours, expected)

@@ -75,7 +75,7 @@ def z_base(tokenizer: str) -> api.Base:
     return api.open_base_from_weights(weights, name="x", tokenizers={"qwen": tokenizer})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def wide_z() -> Parts:
     """Return a Z-Image that is wide enough for ComfyUI."""
     torch.manual_seed(2)
@@ -282,7 +282,7 @@ def test_comfyui_changes_root_mean_square_norms_as_we_do(wide_z: Parts, tmp_path
         [],
         tmp_path / "lora.safetensors",
     )
-    assert answer.unmatched == [] and len(answer.weights) == len(targets) == 4
+    assert answer.unmatched == [] and len(answer.weights) == len(targets) == 12
     for m in adapter.modules:
         changed = answer.weights[f"{m.target.path}.weight"]
         x = torch.randn(3, changed.shape[0], generator=torch.Generator().manual_seed(1))
@@ -290,3 +290,58 @@ def test_comfyui_changes_root_mean_square_norms_as_we_do(wide_z: Parts, tmp_path
         torch.testing.assert_close(m.module(x), expected, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(m.module(x), m.module.base(x))
     network.remove(wide_z, adapter)
+
+
+# ---- files and folders ----
+
+
+def pieces(name: str) -> tuple[dict[str, torch.Tensor], dict[str, nn.Module]]:
+    """Return a tiny base as one file's tensors and as diffusers' modules."""
+    if name == "qwen_image":
+        modules = tiny.qwen_image_modules()
+        return tiny.qwen_image_file(modules), modules
+    modules = tiny.z_image_modules()
+    return tiny.z_image_file(modules), modules
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+def test_three_files_make_the_base_that_one_makes(
+    qwen_base: api.Base, z_base: api.Base, name: str, tokenizer: str, tmp_path: Path
+) -> None:
+    weights, _ = pieces(name)
+    beginnings = {"transformer": "model.diffusion_model.", "vae": "vae.", "text": "text_encoders."}
+    for file, prefix in beginnings.items():
+        inside = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        if file == "text":
+            inside = {k.partition(".transformer.")[2]: v for k, v in inside.items()}
+        save_file({k: v.contiguous() for k, v in inside.items()}, tmp_path / f"{file}.safetensors")
+    base = api.open_base(
+        tmp_path / "transformer.safetensors",
+        vae=tmp_path / "vae.safetensors",
+        text_encoders=[tmp_path / "text.safetensors"],
+        tokenizer=tokenizer,
+    )
+    assert base.family.name == name
+    assert base.weights_hash == {"qwen_image": qwen_base, "z_image": z_base}[name].weights_hash
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+def test_a_diffusers_folder_makes_the_same_base(
+    qwen_base: api.Base, z_base: api.Base, name: str, tmp_path: Path
+) -> None:
+    classes = {
+        "qwen_image": ("QwenImagePipeline", "QwenImageTransformer2DModel", "AutoencoderKLQwenImage"),
+        "z_image": ("ZImagePipeline", "ZImageTransformer2DModel", "AutoencoderKL"),
+    }[name]
+    index: dict[str, Any] = {"_class_name": classes[0], "transformer": ["diffusers", classes[1]]}
+    index |= {"vae": ["diffusers", classes[2]], "text_encoder": ["transformers", "Qwen"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    for part, module in pieces(name)[1].items():
+        (tmp_path / part).mkdir()
+        file = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        save_file(dict(module.state_dict()), tmp_path / part / f"{file}.safetensors")
+    tiny.write_qwen_tokenizer(tmp_path / "tokenizer")
+    base = api.open_base(tmp_path)
+    assert base.family.name == name
+    assert base.weights_hash == {"qwen_image": qwen_base, "z_image": z_base}[name].weights_hash
+    base.load()

@@ -230,7 +230,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(settings: dict[str, Any], sd2_r
     resumed = sd2_runs.finish(**settings)
     assert resumed.lora_file.read_bytes() == whole.lora_file.read_bytes()
     metadata = api.lora_metadata(resumed.lora_file)
-    assert (metadata["ss_v2"], metadata["ss_base_model_version"][:5]) == ("True", "sd_v2")
+    version, architecture = ("sd_v2_v", "768-v") if settings else ("sd_v2", "512")
+    assert metadata["ss_v2"] == "True" and metadata["ss_base_model_version"] == version
+    assert metadata["modelspec.architecture"] == f"stable-diffusion-v2-{architecture}/lora"
 
 
 def test_the_whole_model_is_a_file_with_the_training_in_it(sd2_runs: runs.Training, tokenizer: Path) -> None:

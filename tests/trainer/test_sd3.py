@@ -373,6 +373,9 @@ def test_presets_of_u_nets_are_refused(
     attention = [t.path for t in family.targets(parts, convolutions=False, preset="attn-only")]
     assert "transformer_blocks.0.attn2.to_qkv" in attention
     assert not any("ff" in path or "mlp" in path or "norm" in path for path in attention)
+    whole = family.targets(parts, convolutions=False, preset="everything")
+    assert [t.key for t in whole if t.kind == "conv"] == ["lora_unet_x_embedder_proj"]
+    assert {t.block for t in whole if t.path in ("proj_out", "context_embedder")} == {None}
     only = family.targets(parts, convolutions=False, preset="unet-only")
     assert {t.part for t in only} == {"denoiser"}
     assert {t.block for t in only} == {0, 1}

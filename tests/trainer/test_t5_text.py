@@ -69,6 +69,11 @@ def test_files_of_a_whole_t5_and_other_names_are_read(reference: Any) -> None:
     read = t5_text.t5_weights({**whole, "lm_head.weight": torch.ones(1)})
     assert sorted(read) == sorted([*weights, t5_text.SHARED])
     assert read[t5_text.SHARED] is embedding
+    other = torch.zeros(1)
+    assert (
+        t5_text.t5_weights({t5_text.SHARED: embedding, t5_text.EMBEDDING: other})[t5_text.SHARED] is embedding
+    )
+    assert len(t5_text.t5_weights({})) == 0
 
 
 def test_an_incomplete_encoder_is_refused(reference: Any) -> None:

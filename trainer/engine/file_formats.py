@@ -68,13 +68,14 @@ def _int8_rotated(group: int) -> Unpack:
 
 def _mxfp8(packed: Tensors, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """32 neighbours of e4m3 share an exponent, a byte that counts from 127."""
-    values = fp8_values(packed["codes"], torch.float8_e4m3fn, torch.float32).view(shape[0], -1, 32)
-    return torch.ldexp(values, packed["exponents"].to(torch.int32).unsqueeze(-1) - 127).view(shape).to(dtype)
+    exponents = packed["exponents"]
+    values = fp8_values(packed["codes"], torch.float8_e4m3fn, torch.float32).view(*exponents.shape, 32)
+    return torch.ldexp(values, exponents.to(torch.int32).unsqueeze(-1) - 127).view(shape).to(dtype)
 
 
 def _nvfp4(packed: Tensors, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """16 neighbours of e2m1, two a byte, the upper half first, share an e4m3 scale; and all a number."""
-    codes = torch.stack([packed["codes"] >> 4, packed["codes"] & 15], -1).view(shape[0], -1, 16)
+    codes = torch.stack([packed["codes"] >> 4, packed["codes"] & 15], -1).view(*packed["scales"].shape, 16)
     size, exponent = (codes & 1).float(), (codes >> 1 & 3).to(torch.int32)
     # below 1 the numbers are 0 and 1/2; from there 1 + half a step times a power of two
     values = torch.where(exponent == 0, size / 2, torch.ldexp(1 + size / 2, exponent - 1))

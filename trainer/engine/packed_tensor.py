@@ -65,6 +65,11 @@ def unpacked(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.packed.unpack(tensor.dtype) if isinstance(tensor, PackedTensor) else tensor
 
 
+def held(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors whose memory a weight takes: itself, or what it is packed in."""
+    return list(tensor.packed.buffers()) if isinstance(tensor, PackedTensor) else [tensor]
+
+
 def moved(packed: Packed, device: torch.device | None) -> Packed:
     """Return a packed weight on a device, its own where it is there already; nothing is written to."""
     if device is None or packed.device == device:

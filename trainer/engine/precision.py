@@ -20,6 +20,8 @@ KEPT_WHOLE = frozenset(
     {"conv_in", "conv_out", "time_embedding", "add_embedding", "x_embedder", "context_embedder"}
     | {"time_text_embed", "norm_out", "proj_out"}
     | {"img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer"}
+    | {"double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"}
+    | {"distilled_guidance_layer", "t_embedder", "cap_embedder"}
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -23,7 +23,7 @@ from .flux_keys import T5_PREFIX, join_denoiser, split_denoiser
 from .ldm_keys import UNET_PREFIX
 from .ldm_vae import join_vae, split_vae, vae_from_folder
 from .stream_blocks import DoubleBlock, SelfAttention, SingleBlock
-from .t5_text import check_t5_tokenizer, encode_t5, load_t5, t5_longest, t5_tokens
+from .t5_text import check_t5_tokenizer, encode_t5, load_t5, t5_longest, t5_tokens, t5_weights
 from .weights import Renamed, joined
 
 TITLE = "Chroma"
@@ -94,7 +94,7 @@ class Chroma:
         return {
             DENOISER: split_denoiser(weights),
             "vae": split_vae(weights),
-            T5: Renamed(weights, text),
+            T5: t5_weights(Renamed(weights, text)),
         }
 
     def join(self, state_dicts: Mapping[str, Tensors]) -> Tensors:

@@ -71,17 +71,15 @@ class Lumina2:
     }
     defaults: Mapping[str, Any] = {
         "text_encoder_lr": 0.0,
-        "timestep_sampling": "shift",
+        "timestep_sampling": "nextdit_shift",
         "discrete_flow_shift": 6.0,
         "sample_cfg": 4.0,
     }
 
     def detect(self, weights: Tensors) -> bool:
         """Say whether single-file weights belong to Lumina 2; Z-Image has no SiLU in its modulation."""
-        needed = ("cap_embedder.1.weight", "noise_refiner.0.attention.qkv.weight")
-        return all(
-            UNET_PREFIX + k in weights for k in (*needed, "layers.0.adaLN_modulation.1.weight")
-        ) and not (any(UNET_PREFIX + k in weights for k in OTHERS))
+        needed = ("cap_embedder.1.weight", "noise_refiner.0.attention.qkv.weight", MODULATION)
+        return {name for name in (*needed, *OTHERS) if UNET_PREFIX + name in weights} == set(needed)
 
     def velocity_of(self, weights: Tensors) -> bool | None:
         """See `Family`: all of them predict the flow's velocity."""

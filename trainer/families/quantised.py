@@ -207,19 +207,29 @@ def _int8(weight: torch.Tensor, scales: _Scales, config: Config) -> Packed:
 
 
 def _mxfp8(weight: torch.Tensor, scales: _Scales, config: Config) -> Packed:
+    _check_matrix(weight, of=32)
     exponents = _untiled(scales.beside(*SCALES), weight.shape[0], weight.shape[1] // 32)
     return _packed("mxfp8", weight.shape, codes=weight.view(torch.uint8), exponents=exponents)
 
 
 def _nvfp4(weight: torch.Tensor, scales: _Scales, config: Config) -> Packed:
+    _check_matrix(weight, of=8)
     rows, columns = weight.shape[0], 2 * weight.shape[1]
+    scale = scales.by_row(rows, SECOND_SCALE)
+    if scale is None:
+        raise ValueError("it has no scale for all")
     return _packed(
         "nvfp4",
         torch.Size((rows, columns)),
         codes=weight.view(torch.uint8),
         scales=_untiled(scales.beside(*SCALES), rows, columns // 16),
-        scale=scales.by_row(rows, SECOND_SCALE),
+        scale=scale,
     )
+
+
+def _check_matrix(weight: torch.Tensor, *, of: int) -> None:
+    if weight.ndim != 2 or weight.element_size() != 1 or weight.shape[1] % of:
+        raise ValueError(f"its weight is {weight.dtype}, {tuple(weight.shape)}")
 
 
 def _untiled(scales: torch.Tensor | None, rows: int, columns: int) -> torch.Tensor:

@@ -95,7 +95,7 @@ def load_qwen(sd: Tensors, tokenizer: Any, family: str) -> nn.Module:
     assign(model, sd, "text encoder", family)
     model.rotary_emb = type(model.rotary_emb)(config=model.config)  # its buffers lie in no file
     _check_tokenizer(tokenizer, model.embed_tokens.num_embeddings)
-    return cast(nn.Module, model.eval())
+    return cast(nn.Module, model.train(False))
 
 
 def chat_tokens(tokenizer: Any, captions: Sequence[str], reading: Reading, chat: Chat) -> Texts:

@@ -64,6 +64,10 @@ class SD2:
         "modelspec.implementation": "diffusers",
         "modelspec.prediction_type": "epsilon",
     }
+    velocity_metadata: Mapping[str, str] = {
+        "ss_base_model_version": "sd_v2_v",
+        "modelspec.architecture": "stable-diffusion-v2-768-v/lora",
+    }
     encoders: Mapping[str, str] = {"text_encoder": "clip"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {"denoiser": "unet", "vae": "vae", "text_encoder": "text_encoder"}

@@ -97,7 +97,7 @@ class SD3:
         "clip_skip": "SD3 learnt from the last layer but one of both CLIPs",
         "weighted_captions": "SD3's conditioning is made of three encoders",
         "train_embeddings": "a word would need vectors in three encoders",
-        "train_norm": "SD3's layers are normalised without weights of their own",
+        "train_norm": "SD3's norms have no weights but those of queries and keys, which stay",
         "guidance_scale": "SD3 is not distilled and is told no guidance",
         **dict.fromkeys(("conv_dim", "conv_block_dims", "conv_block_alphas"), CONVOLUTIONS),
         **dict.fromkeys(("down_lr_weight", "mid_lr_weight", "up_lr_weight"), BLOCK_WEIGHTS),

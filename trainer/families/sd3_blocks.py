@@ -82,8 +82,9 @@ class ShiftScaleNorm(nn.Module):
 class JointAttention:
     """The attention of image and text tokens over both, each with projections of its own.
 
-    Without text tokens it is the image's attention to itself, SD3.5 medium's second one. ``attend`` is
-    the product of q, k and v, (B, heads, L, D) each.
+    Without text tokens it is the image's attention to itself, SD3.5 medium's second one. The reference
+    trainer takes the number of that one's heads for their width; ComfyUI and diffusers, which draw, do not.
+    ``attend`` is the product of q, k and v, (B, heads, L, D) each.
     """
 
     def __init__(self, attend: Attend = sdpa) -> None:

@@ -219,11 +219,11 @@ def _vae(weights: Tensors) -> Tensors | None:
         return None
     if LDM_VAE in weights or WAN_VAE in weights:
         return Renamed(weights, {VAE_PREFIX + k: k for k in weights})
+    if HF_WAN_VAE in weights:
+        return Renamed(weights, {VAE_PREFIX + new: old for new, old in file_names(weights).items()})
     if HF_VAE in weights:
         statistics = {VAE_PREFIX + k: k for k in weights if k.startswith("bn.")}  # Flux.2's
         return joined([join_vae(vae_from_folder(weights)), Renamed(weights, statistics)])
-    if HF_WAN_VAE in weights:
-        return Renamed(weights, {VAE_PREFIX + new: old for new, old in file_names(weights).items()})
     return None
 
 

@@ -50,9 +50,9 @@ TARGETS = ("T5Attention", "GatedFeedForward")  # the classes whose layers are tr
 
 def t5_weights(sd: Tensors) -> Tensors:
     """Return an encoder's weights under one name each, whatever else the file of a T5 holds."""
-    embedding = SHARED if SHARED in sd else EMBEDDING
     names = {name: name for name in sd if name not in (SHARED, EMBEDDING) and not name.startswith(UNUSED)}
-    return Pieced(sd, {SHARED: embedding, **names})
+    embedding = next((name for name in (SHARED, EMBEDDING) if name in sd), None)
+    return Pieced(sd, names if embedding is None else {SHARED: embedding, **names})
 
 
 def t5_config(sd: Tensors) -> dict[str, Any]:

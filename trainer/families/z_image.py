@@ -36,7 +36,7 @@ from .qwen_text import (
 )
 from .vae_prefix import with_ldm_prefix, with_newer_prefix
 from .weights import Renamed, joined
-from .z_image_model import PATCH, Attention, Block, FeedForward, ZImageTransformer, z_image_config
+from .z_image_model import PATCH, Attention, Block, ZImageTransformer, z_image_config
 
 TITLE = "Z-Image"
 SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
@@ -54,7 +54,8 @@ FROM_DIFFUSERS = (
     (".attention.norm_q.", ".attention.q_norm."),
     (".attention.norm_k.", ".attention.k_norm."),
 )
-WHOLE_BLOCKS = ("full", "full-lin", "unet-only")  # with modulations, and the refiners too
+MODULATION = ".adaLN_modulation."
+WITH_ALL = ("full", "full-lin", "unet-only", "everything")  # with modulations, and the refiners too
 CHAT = Chat(before=f"{BEGIN}user\n", after=f"{END}\n{BEGIN}assistant\n", hidden=False, layer=-2)
 
 
@@ -211,15 +212,16 @@ class ZImage:
         """
         found = find_block_targets(
             parts,
-            (Block,) if preset in WHOLE_BLOCKS else (Attention, FeedForward),
+            (Block,),
             (Attention,),
             family=TITLE,
             convolutions=convolutions,
             preset=preset,
             norms=norms,
         )
-        everywhere = preset == "everything" or preset in WHOLE_BLOCKS
-        return [target for target in found if everywhere or target.path.startswith("layers.")]
+        if preset in WITH_ALL:
+            return found
+        return [t for t in found if t.path.startswith("layers.") and MODULATION not in t.path]
 
 
 def transformer_from_diffusers(folder: Tensors) -> Tensors:

@@ -71,6 +71,7 @@ SAMPLINGS: Mapping[str, Sampling] = {
         lambda n, times, tokens: shifted(_sigmoid(n, times), math.exp(FLUX_MU(tokens))),
         ("sigmoid_scale",),
     ),
+    "nextdit_shift": Sampling(False, lambda u, times, tokens: shifted(u, math.exp(FLUX_MU(tokens)))),
     "sigma": Sampling(False, lambda u, times, tokens: _step(u, times.shift), ("shift",)),
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .info import setting
 
 TIMESTEP_SAMPLINGS = (
-    *("auto", "uniform", "sigmoid", "logit_normal", "mode", "shift", "flux_shift", "sigma"),
+    *("auto", "uniform", "sigmoid", "logit_normal", "mode", "shift", "flux_shift", "nextdit_shift", "sigma"),
 )
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "cosmap")
 PREDICTION_TYPES = ("auto", "raw", "denoised", "additive", "sigma_scaled")

@@ -19,7 +19,7 @@ from torch import nn
 from ..adapters.files import PREDICTION, TERMINAL, VELOCITY
 from ..engine.precision import pick_device, place, resolve
 from ..errors import LoraGraftError, listed, nearest
-from ..families.base import Reading
+from ..families.base import Family, Reading
 from ..families.drawing import Guided, denoiser, start_noise, to_images
 from ..families.opening import Base
 from ..parts import Parts
@@ -150,9 +150,9 @@ def parameters(
     return f"{prompt}{negative}\n" + ", ".join(f"{key}: {value}" for key, value in told.items())
 
 
-def merge_into_modules(parts: Parts, files: Sequence[tuple[LoraFile, float]]) -> None:
+def merge_into_modules(family: Family, parts: Parts, files: Sequence[tuple[LoraFile, float]]) -> None:
     """Add LoRAs to a model's weights in memory, in new float32 tensors; raises LG-TOOL-003, -010."""
-    layers = _layers(parts)
+    layers = _layers(family, parts)
     changes: dict[str, torch.Tensor] = {}
     biases: dict[str, torch.Tensor] = {}
     for file, strength in files:
@@ -179,8 +179,11 @@ def merge_into_modules(parts: Parts, files: Sequence[tuple[LoraFile, float]]) ->
             setattr(layers[name], which, nn.Parameter(before + change.to(before), requires_grad=False))
 
 
-def _layers(parts: Parts) -> dict[str, Any]:
-    """Return every linear layer, convolution and normalisation layer under kohya's name."""
+def _layers(family: Family, parts: Parts) -> dict[str, Any]:
+    """Return every linear layer, convolution and normalisation layer under kohya's name.
+
+    What a family trains has the family's names in a file, which may be others than the modules'.
+    """
     found: dict[str, Any] = {}
     # The only text encoder is kohya's te, of several the first is te1.
     encoders = list(parts.text_encoders.values())
@@ -193,7 +196,8 @@ def _layers(parts: Parts) -> dict[str, Any]:
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)):
                 text = prefix != "lora_unet_" and not path.startswith("text_model.")
                 found[prefix + flatten(f"text_model.{path}" if text else path)] = module
-    return found
+    trained = family.targets(parts, convolutions=True, preset="everything", norms=True)
+    return found | {target.key: parts.part(target.part).get_submodule(target.path) for target in trained}
 
 
 def _ready(
@@ -212,7 +216,7 @@ def _ready(
         _check_prediction(file, settings)
     parts = base.load()
     add_embeddings(parts, embeddings)
-    merge_into_modules(parts, files)
+    merge_into_modules(base.family, parts, files)
     place(
         parts,
         resolve(settings.mixed_precision, pick_device(device)),

@@ -40,9 +40,9 @@ class Columns:
     def _top(self) -> int:
         return self.sheet.below(self.ids[-1]) if self.ids else TOP
 
-    def note(self, text: str, height: int) -> None:
+    def note(self, text: str, height: int, title: str = "From the guide") -> None:
         """Add a note below the column's last node; the first of all says what the workflow is about."""
-        title = "From the guide" if self.sheet.nodes else "About"
+        title = title if self.sheet.nodes else "About"
         self.ids.append(self.sheet.note(text, (self.left, self._top()), (self.width, height), title))
 
     def add(

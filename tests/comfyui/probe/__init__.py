@@ -23,7 +23,7 @@ import comfy.ops
 import numpy
 import torch
 
-from . import any_models, equal, tiny_models
+from . import any_models, equal, gguf_like, tiny_models, tiny_more
 
 FILES = Path("/proc/self/fd")
 audited: list[str] = []
@@ -402,6 +402,7 @@ class ProbeLoadCheckpoint:
         return pack("nodes.host_demo").load(path, pack("trainer.api").demo_tokenizer())
 
 
+assert "z_image" in tiny_models.FAMILIES, tiny_more  # which adds to them
 NODE_CLASS_MAPPINGS = {
     "ProbeLoadCheckpoint": ProbeLoadCheckpoint,
     "ProbeChoice": ProbeChoice,
@@ -413,5 +414,6 @@ NODE_CLASS_MAPPINGS = {
     "ProbeOddModel": ProbeOddModel,
     **any_models.NODES,
     **equal.NODES,
+    **gguf_like.NODES,
     **tiny_models.NODES,
 }

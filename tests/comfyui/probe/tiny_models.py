@@ -89,6 +89,7 @@ class Tiny:
     texts: dict[str, dict[str, int]]
     latent_channels: int = 4
     quant_conv: bool = True
+    batch_norm: bool = False  # of latents, 2x2 of which are one
     model_type: Any = None
     biases: float = 0.05  # their spread, by which SD2.x's prediction is told
     extra: tuple[str, ...] = ()  # tensors of the file that only say something
@@ -281,6 +282,7 @@ def autoencoder_of(tiny: Tiny) -> Any:
         "num_res_blocks": 1,
         "attn_resolutions": [],
         "dropout": 0.0,
+        "batch_norm_latent": tiny.batch_norm,
     }
     if tiny.quant_conv:
         return autoencoder.AutoencoderKL(ddconfig=parts, embed_dim=tiny.latent_channels)
@@ -295,7 +297,9 @@ def autoencoder_of(tiny: Tiny) -> Any:
 def vae_of(tiny: Tiny, weights: dict[str, torch.Tensor]) -> Any:
     with mock.patch.object(comfy.sd, "AutoencoderKL", lambda: autoencoder_of(tiny)):
         vae = comfy.sd.VAE(sd=weights, config={"params": {}})
-    vae.latent_channels = tiny.latent_channels
+    folded = 2 if tiny.batch_norm else 1
+    vae.latent_channels = tiny.latent_channels * folded**2
+    vae.downscale_ratio = vae.upscale_ratio = 8 * folded
     return vae
 
 
@@ -309,7 +313,7 @@ def drawn(name: str, shape: torch.Size, seed: int, biases: float) -> torch.Tenso
     values = torch.randn(shape, generator=generator)
     if len(shape) > 1 and not name.endswith(("embedding.weight", "shared.weight", "pos_embed")):
         return values / max(1, int(shape[1:].numel())) ** 0.5
-    if len(shape) == 1 and name.endswith((".weight", ".scale")):
+    if len(shape) == 1 and name.endswith((".weight", ".scale", ".running_var")):
         return 1 + 0.1 * values
     return biases * values if len(shape) == 1 else 0.1 * values
 
@@ -326,8 +330,9 @@ def write(name: str, seed: int = 0) -> Path:
         prefix + key: drawn(prefix + key, value.shape, seed, tiny.biases).half()
         for prefix, module in parts.items()
         for key, value in module.state_dict().items()
+        if value.is_floating_point()
     }
-    # Flux's files have another name for it than ComfyUI's modules.
+    # Flux's and Chroma's files have another name for it than ComfyUI's modules.
     weights = {
         k.replace("_norm.weight", "_norm.scale") if is_flux_norm(k) else k: v for k, v in weights.items()
     }
@@ -355,7 +360,8 @@ def with_scales(weights: dict[str, torch.Tensor], prefix: str) -> Iterator[tuple
 
 
 def is_flux_norm(name: str) -> bool:
-    return name.startswith(UNET) and name.endswith(("query_norm.weight", "key_norm.weight"))
+    own = name.endswith(("query_norm.weight", "key_norm.weight"))
+    return name.startswith(UNET) and own and "_blocks." in name and ".attention." not in name
 
 
 def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
