@@ -6,8 +6,8 @@ ComfyUI's classes sample it as it is trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Known:
     one derived from it takes other inputs. ``texts`` are the text encoders' names on its CLIP, each of which
     may be missing where ``optional``; ``inputs`` and ``channels`` the denoiser's and the latents' channels;
     ``vae`` tensors that its VAE has. ``layer`` is the text encoder's, counted from its end, that clip_skip 1
-    means; 0 where clip_skip means nothing.
+    means; 0 where clip_skip means nothing. ``told`` are what its configuration says, where relatives differ.
     """
 
     title: str
@@ -41,6 +41,7 @@ class Known:
     optional: bool = False
     flow: bool = True
     layer: int = 0
+    told: Mapping[str, Any] = field(default_factory=dict)
 
     def fits(self, model: Any) -> bool:
         """Say whether a MODEL is of these classes."""
@@ -48,9 +49,12 @@ class Known:
         inner = getattr(comfy.model_base, self.model, None)
         if config is None or inner is None:  # a ComfyUI from before this family
             return False
-        return type(model.model) is inner and isinstance(model.model.model_config, config)
+        own = model.model.model_config
+        is_own = type(model.model) is inner and isinstance(own, config)
+        return is_own and all(own.unet_config.get(k) == v for k, v in self.told.items())
 
 
+CAUSAL = ("encoder.conv1.weight", "decoder.conv1.weight")
 WITH_QUANT = (*KL, "post_quant_conv.weight")
 SD15 = Known("SD1.x", "SD15", "BaseModel", ("clip_l",), 4, 4, WITH_QUANT, flow=False, layer=1)
 KNOWN = (
@@ -59,6 +63,20 @@ KNOWN = (
     Known("SDXL", "SDXL", "SDXL", ("clip_l", "clip_g"), 4, 4, WITH_QUANT, flow=False),
     Known("SD3", "SD3", "SD3", ("clip_l", "clip_g", "t5xxl"), 16, 16, optional=True),
     Known("Flux.1", "Flux", "Flux", ("clip_l", "t5xxl"), 16, 16),
+    Known("Chroma", "Chroma", "Chroma", ("t5xxl",), 64, 16),
+    Known(
+        "FLUX.2 klein",
+        "Flux2",
+        "Flux2",
+        ("qwen3_4b", "qwen3_8b"),  # one of them
+        128,
+        128,
+        (*WITH_QUANT, "bn.running_mean"),
+        optional=True,
+        told={"guidance_embed": False},
+    ),
+    Known("Qwen-Image", "QwenImage", "QwenImage", ("qwen25_7b",), 64, 16, CAUSAL),
+    Known("Z-Image", "ZImage", "Lumina2", ("qwen3_4b",), 16, 16),
 )
 # A text encoder's name begins so -> what the trainer calls its tokenizer.
 TOKENIZERS = {"clip_": "clip", "t5": "t5", "qwen": "qwen", "gemma": "gemma"}

@@ -24,7 +24,7 @@ from .host_prediction import prediction
 
 # What ComfyUI's text encoders hold beside the weights of a checkpoint. It fills in a projection where the
 # file has none, and uses that of one encoder alone.
-NOT_STORED = ("logit_scale", "position_ids")
+NOT_STORED = ("logit_scale", "position_ids", "num_batches_tracked")
 PROJECTION, PROJECTED = "text_projection.weight", ("clip_g",)
 
 

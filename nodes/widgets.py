@@ -128,6 +128,7 @@ EMPTY: dict[str, int] = {
     "validate_every_n_epochs": 0,
     "max_validation_steps": 0,
     "sample_cfg": 0,
+    "sample_steps": 0,
 }
 STEPS = {
     "resolution": 8,

@@ -20,10 +20,10 @@ from .families.opening import Base
 
 @dataclass(frozen=True)
 class Settings:
-    """How to draw; ``size`` is (height, width) in pixels. ``cfg`` None is what is usual for the base."""
+    """How to draw; ``size`` is (height, width) in pixels. Steps and cfg None: what is usual for the base."""
 
     size: tuple[int, int] = (512, 512)
-    steps: int = 20
+    steps: int | None = None
     cfg: float | None = None
     clip_skip: int = 1
     negative: str = ""
@@ -70,7 +70,7 @@ def draw(
                     [prompt for prompt, _ in batch],
                     seeds=[seed for _, seed in batch],
                     size=settings.size,
-                    steps=settings.steps,
+                    steps=settings.steps or base.family.look.steps,
                     guided=Guided(
                         settings.negative,
                         base.family.look.cfg if settings.cfg is None else settings.cfg,

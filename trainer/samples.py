@@ -58,7 +58,7 @@ def _draw(run: Run, prompt: SamplePrompt, path: Path) -> Sampled | Note:
                 [prompt.prompt],
                 seeds=[seed],
                 size=(prompt.height or height, prompt.width or width),
-                steps=prompt.steps or config.sample_steps,
+                steps=prompt.steps or config.sample_steps or run.base.family.look.steps,
                 guided=Guided(
                     prompt.negative,
                     _guidance(run, prompt),

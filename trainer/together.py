@@ -13,8 +13,9 @@ import torch
 from . import metadata
 from .assist import assist
 from .checkpoint import Checkpoint, RunFolder, disk_refusal
-from .config import TrainConfig
+from .config import TrainConfig, trained_encoders
 from .contradictions.family import check as check_family
+from .contradictions.text import check_kept
 from .data.train_set import TrainSet
 from .engine.distributed import ALONE, Alone
 from .engine.planner import advice, is_out_of_memory
@@ -197,6 +198,8 @@ def _job(
         config = replace(config, resume="")  # the process that writes tells what is continued
     check_family(config, base.family, base.state_dicts)
     config, usual = for_base(config, base)
+    if trained_encoders(config, base.family.encoders):
+        check_kept(config)
     precision = resolve(config.mixed_precision, pick_device(device))
     plan = plan_run(train_set, config)
     check_logger(config.log_with)

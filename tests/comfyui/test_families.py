@@ -28,8 +28,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "flux": ("flux", {}),
     "flux_fp8": ("flux", {}),
     "flux_schnell": ("flux_schnell", {}),
+    "chroma": ("chroma", {}),
+    "flux2": ("flux2", {}),
+    "z_image": ("z_image", {}),
 }
-MAIN = ("sd2", "sdxl", "sd35", "flux")
+MAIN = ("sd2", "sdxl", "sd35", "flux", "chroma", "flux2", "z_image")
 PREDICTIONS = {
     "sd2": (False, False),
     "sd2_v": (True, False),

@@ -116,7 +116,7 @@ KOHYA: dict[str, tuple[str, str, str]] = {
     "an option that is no literal": ('optimizer_args = ["weight_decay=much"]', "LG-CFG-002", "0.01"),
     "keep_tokens with nothing to keep": ("keep_tokens = 1", "LG-CFG-004", "shuffle_caption"),
     "cached text with text encoder training": (
-        "cache_text_encoder_outputs = true",
+        "cache_text_encoder_outputs = true\ntext_encoder_lr = 5e-5",
         "LG-CFG-004",
         "network_train_unet_only",
     ),

@@ -189,6 +189,17 @@ def test_kept_captions_train_as_those_encoded_at_each_step(training: runs.Traini
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
 
 
+def test_captions_are_kept_by_default_where_no_encoder_is_trained(training: runs.Training) -> None:
+    """An open rate means what is usual for the family."""
+    usual = training.base.family.defaults.get("text_encoder_lr")
+    if training.base.family.trains_text and usual is None:
+        with Refusal("LG-CFG-004", "cache_text_encoder_outputs", "network_train_unet_only"):
+            training.events(cache_text_encoder_outputs=True, **SHORT)
+    else:
+        events = training.events(cache_text_encoder_outputs=True, **SHORT)
+        assert any("text_encoder_lr is 0" in line for line in runs.only(events, api.Planned).lines)
+
+
 def test_samples_are_drawn(training: runs.Training) -> None:
     options: dict[str, Any] = {**SHORT, "max_train_steps": 1}
     options |= {"sample_prompts": ["zibu --w 64 --h 96"], "sample_every_n_steps": 1}

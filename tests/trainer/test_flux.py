@@ -148,6 +148,7 @@ def test_other_names_of_the_same_weights_are_read() -> None:
         renamed[held] = tensor
     renamed["text_encoders.clip_l.transformer.text_projection.weight"] = torch.ones(64, 64)
     renamed["text_encoders.clip_l.logit_scale"] = torch.ones(1)
+    renamed["text_encoders.clip_l.transformer.text_model.embeddings.position_ids"] = torch.arange(77)
     own = tiny_flux.family()
     split, expected = own.split(renamed), own.split(weights)
     for part, sd in expected.items():

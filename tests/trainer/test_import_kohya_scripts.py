@@ -245,13 +245,18 @@ def test_a_choice_that_is_none_is_refused_with_those_there_are(wrong: str) -> No
 def test_schnell_and_chroma_are_told_no_guidance() -> None:
     base = "--pretrained_model_name_or_path"
     assert train(f"{FLUX} {base} flux1-dev.safetensors").guidance_scale == 3.5
-    assert train(f"{FLUX} {base} models/flux1-schnell.safetensors").guidance_scale is None
+    schnell = f"{FLUX} {base} models\\flux1-Schnell.safetensors"
+    assert train(schnell).guidance_scale is None and train(f"{schnell} --guidance_scale 1") == train(schnell)
     chroma = (
         f"{FLUX} --model_type chroma --apply_t5_attn_mask --guidance_scale 0.0 --timestep_sampling sigmoid"
     )
     config = train(chroma)
     assert (config.guidance_scale, config.apply_t5_attn_mask) == (None, False)
-    assert "always hidden from Chroma" in notes(chroma)
+    assert config.text_encoder_lr is None, "there is no CLIP to train"
+    said = notes(f"{chroma} --text_encoder_lr 1e-4 --clip_l x")
+    assert "always hidden from Chroma" in said and said.count("Chroma has no CLIP") == 2
+    assert "clip_l" not in read_kohya(f"{chroma} --clip_l x").places
+    assert "T5 is not trained" in refusal(f"{chroma} --network_args train_t5xxl=True").where
     assert train(f"{FLUX} --apply_t5_attn_mask").apply_t5_attn_mask
 
 
@@ -397,3 +402,10 @@ def test_every_idle_argument_is_one_of_the_table() -> None:
     for script in SCRIPTS.values():
         assert set(script.idle) <= kohya_table.all_arguments()
     assert set(kohya_scripts.LENIENT) <= set(ONLY)
+
+
+def test_what_was_filled_in_gives_way_to_what_is_said_elsewhere() -> None:
+    made = {"timestep_sampling", "discrete_flow_shift", "model_prediction_type", "text_encoder_lr"}
+    assert made <= read_kohya(f"{FLUX} --ae a --resolution 512").filled
+    given = "--timestep_sampling shift --model_prediction_type raw --text_encoder_lr 1e-4"
+    assert not made & read_kohya(f"{FLUX} {given} --resolution 512").filled

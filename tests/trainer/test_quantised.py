@@ -20,13 +20,14 @@ from loragraft.trainer.engine.ggml import BLOCK_TYPES
 from loragraft.trainer.engine.packed_tensor import PackedTensor, moved, unpacked
 from loragraft.trainer.engine.precision import place, resolve
 from loragraft.trainer.engine.storage import Packed, stacked
-from loragraft.trainer.families import ldm_keys
+from loragraft.trainer.families import FAMILIES, ldm_keys
 from loragraft.trainer.families.model_files import read_file
 from loragraft.trainer.families.quantised import QuantisedWeights, read_quantised
 from loragraft.trainer.safefile import tensor_bytes
 from loragraft_tests.trainer import quantised_files as files
-from loragraft_tests.trainer import runs
+from loragraft_tests.trainer import runs, tiny
 from loragraft_tests.trainer.data_folders import Refusal
+from loragraft_tests.trainer.tiny_families import TOKENIZERS, WEIGHTS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "quantised_layers.safetensors"
 CPU = torch.device("cpu")
@@ -417,3 +418,26 @@ def test_a_quantised_layer_of_another_shape_is_refused(
     save_file(tensors, tmp_path / "x.safetensors")
     with Refusal("LG-BASE-003", "attn1.to_q"):
         api.open_base(tmp_path / "x.safetensors", tokenizer=tokenizer).load()
+
+
+# ---- every family ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gguf", "fp8"])
+@pytest.mark.parametrize("family", WEIGHTS)
+def test_every_family_trains_on_packed_weights(family: str, kind: str, tmp_path: Path) -> None:
+    path, meant = write(tmp_path / "x", WEIGHTS[family](tmp_path), kind)
+    save_file(meant, tmp_path / "plain.safetensors")
+    given = [TOKENIZERS[k](tmp_path / k) for k in sorted(set(FAMILIES[family].encoders.values()))]
+    tiny.write_images(tmp_path / "images" / "2_zibu", [(64, 64), (64, 64)])
+    sizes = {"resolution": 64, "min_bucket_reso": 64, "max_bucket_reso": 64, "bucket_reso_steps": 64}
+    train_set = runs.train_set(tmp_path / "images", **sizes)
+    losses = []
+    for file in (path, tmp_path / "plain.safetensors"):
+        base = api.open_base(file, tokenizer=given)
+        assert base.family.name == family
+        places = api.Places(*(tmp_path / file.stem / name for name in ("runs", "loras", "cache")))
+        events = runs.Training(base, train_set, places).events(max_train_steps=2, train_batch_size=2)
+        losses.append([e.loss for e in events if isinstance(e, api.Step)])
+    assert losses[0] == losses[1] and len(losses[0]) == 2

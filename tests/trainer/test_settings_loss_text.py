@@ -32,9 +32,9 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, dict[str, Any] | None]] = [
     ({"tokenizer_repeats": 3, "max_token_length": 150}, "set it to 2", {"tokenizer_repeats": 2}),
     ({"weighted_captions_keep_mean": True}, "weighted_captions", {"weighted_captions": True}),
     (
-        {"cache_text_encoder_outputs": True},
+        {"cache_text_encoder_outputs": True, "text_encoder_lr": 5e-5},
         "network_train_unet_only",
-        {"network_train_unet_only": True},
+        {"text_encoder_lr": 0.0},
     ),
     (
         {"cache_text_encoder_outputs": True, "network_train_unet_only": True, "train_embeddings": ["a"]},

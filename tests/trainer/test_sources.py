@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,11 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from loragraft.trainer import __main__ as cli
 from loragraft.trainer import api
+from loragraft.trainer.errors import LoraGraftError
 from loragraft.trainer.families import FAMILIES, ldm_keys
 from loragraft.trainer.families.openclip import to_hf
 from loragraft.trainer.families.pieces import Pieced
 from loragraft.trainer.families.sources import Source, bring_together, parts_of
 from loragraft.trainer.families.text_files import GEMMA_NAMES, LLM_NAMES, T5_NAMES, read_text_file
+from loragraft_tests.fuzz import cases
 from loragraft_tests.trainer import (
     quantised_files,
     runs,
@@ -345,6 +349,31 @@ def test_tokenizers_that_are_not_needed(checkpoint: Path, tokenizer: Path, tmp_p
         api.open_base(checkpoint, tokenizer=[tokenizer, TOKENIZERS["clip"](tmp_path / "more")])
     with Refusal("LG-BASE-007", "t5"):
         api.open_base(checkpoint, tokenizer=[tokenizer, TOKENIZERS["t5"](tmp_path / "t5")])
+
+
+def test_names_of_parts_with_any_shapes_end_in_an_error_or_in_a_base(tmp_path: Path) -> None:
+    pool = [name for family in ("sd15", "sd3", "flux") for name in WEIGHTS[family](tmp_path)]
+    pool += [name.partition(".")[2] for name in pool] + [k for texts, _ in TEXTS.values() for k in texts]
+    pool += ["token_embd.weight", "enc.blk.0.attn_q.weight", "clip_l.transformer.text_model.x"]
+    generator = random.Random(0)
+    telling = [k for k in pool if k.endswith(tuple(SIGNS))]
+    for _ in range(cases(3000)):
+        names = generator.sample(telling, 4) + generator.sample(pool, generator.choice((0, 3, 200)))
+        dimensions = [generator.choices((0, 1, 3, 64, 1280), k=generator.randrange(5)) for _ in names]
+        weights = {n: torch.empty(d, device="meta") for n, d in zip(names, dimensions, strict=True)}
+        with contextlib.suppress(LoraGraftError):
+            parts_of(Source("x", weights))
+        with contextlib.suppress(LoraGraftError):
+            api.open_base_from_weights(weights, name="x", tokenizers=dict.fromkeys(TOKENIZERS, "x"))
+
+
+SIGNS = (
+    *("input_blocks.0.0.weight", "attn2.to_k.weight", "proj_in.weight", "label_emb.0.0.weight"),
+    *("token_embedding.weight", "in_proj_weight", "shared.weight", "SelfAttention.q.weight", "fc1.weight"),
+    *("context_block.attn.qkv.weight", "img_attn.qkv.weight", "img_in.weight", "x_embedder.proj.weight"),
+    *("pos_embed", "attention.qkv.weight", "img_mod.1.weight", "decoder.conv_in.weight", "k_proj.bias"),
+    *("block_1.conv1.weight", "q_proj.weight", "q_norm.weight", "cap_embedder.1.weight", "conv_in.weight"),
+)
 
 
 # ---- diffusers folders ----

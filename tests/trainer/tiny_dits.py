@@ -80,6 +80,7 @@ def single_file(family: str, parts: dict[str, dict[str, torch.Tensor]]) -> dict[
 def chroma_weights(seed: int = 0, **changes: Any) -> dict[str, torch.Tensor]:
     """Return a whole tiny Chroma under single-file names."""
     parts = folder_parts(random_chroma(seed, **changes), random_vae(), tiny_t5.random_t5())
+    parts["text_encoder"] = tiny_t5.t5_file_weights(tiny_t5.random_t5())  # one name a tensor, as in files
     return single_file("chroma", parts)
 
 

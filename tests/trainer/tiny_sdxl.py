@@ -11,7 +11,7 @@ from torch import nn
 from loragraft_tests.trainer import tiny
 
 WIDTHS = {"text_encoder": 64, "text_encoder_2": 128}  # of CLIP-L and OpenCLIP-G; 64 to a head
-LAYERS = {"text_encoder": 2, "text_encoder_2": 3}
+LAYERS = {"text_encoder": 3, "text_encoder_2": 4}
 CONTEXT = sum(WIDTHS.values())
 POOLED = WIDTHS["text_encoder_2"]
 UNET: dict[str, Any] = {

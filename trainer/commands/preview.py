@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--width", type=int, default=512)
     command.add_argument("--height", type=int, default=512)
-    command.add_argument("--steps", type=int, default=20)
+    command.add_argument("--steps", type=int, help="without it, what is usual for the base")
     command.add_argument("--cfg", type=float, help="guidance; without it, what is usual for the base")
     command.add_argument("--clip_skip", type=int, default=1)
     command.add_argument("--output", default="output/grid.png", help="where the grid goes")

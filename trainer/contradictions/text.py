@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import TrainConfig, trains_encoders
+from ..config import ENCODER_RATES, TrainConfig, trains_encoders
 from ..errors import one_line
 from ..paths import MAX_COMPONENT
 from ..settings.words import parse_words
@@ -23,7 +23,16 @@ def check(config: TrainConfig, where: str) -> None:
             fix="switch weighted_captions on, or weighted_captions_keep_mean off",
         )
     _check_words(config, where)
-    if config.cache_text_encoder_outputs and trains_encoders(config):
+    if any(getattr(config, rate) for rate in ENCODER_RATES.values()) and trains_encoders(config):
+        check_kept(config, where)
+
+
+def check_kept(config: TrainConfig, where: str = "settings") -> None:
+    """Raise LG-CFG-004 where captions are kept once encoded by a text encoder that is trained.
+
+    Which encoders are, depends on the base model too where the settings give none of them a rate.
+    """
+    if config.cache_text_encoder_outputs:
         raise contradiction(
             "cache_text_encoder_outputs is on, but the text encoder is trained.",
             where,

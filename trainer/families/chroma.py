@@ -99,7 +99,7 @@ class Chroma:
 
     def join(self, state_dicts: Mapping[str, Tensors]) -> Tensors:
         """Return the parts under single-file names (views): what `split` takes apart."""
-        text = state_dicts[T5]
+        text = t5_weights(state_dicts[T5])
         return joined(
             [
                 join_vae(state_dicts["vae"]),
@@ -113,7 +113,7 @@ class Chroma:
         return {
             DENOISER: chroma_from_diffusers(state_dicts[DENOISER]),
             "vae": vae_from_folder(state_dicts["vae"]),
-            T5: state_dicts[T5],
+            T5: t5_weights(state_dicts[T5]),
         }
 
     def load(self, state_dicts: Mapping[str, Tensors], tokenizers: Mapping[str, Any]) -> Parts:

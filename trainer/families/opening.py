@@ -18,10 +18,11 @@ from ..parts import DENOISER, TEXT_ENCODERS, Parts
 from ..safefile import tensor_bytes
 from . import FAMILIES, detect
 from .base import Family, Tensors
+from .building import unfit
 from .folders import read_hints, sorted_folder
 from .model_files import kinds_of, read_source
 from .quantised import read_quantised
-from .sources import Sources, bring_together, missing_parts, unused_parts
+from .sources import SHAPELESS, Sources, bring_together, missing_parts, unused_parts
 from .tokenizers import KINDS, find_tokenizer, load_tokenizer
 
 TRAINABLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -195,11 +196,16 @@ def _sorted(
 
     ``files`` are the names of the files that parts come from, if they come from files.
     """
-    family = detect(weights, where=where)
-    state_dicts = {part: sd for part, sd in family.split(weights).items() if sd}
-    _refuse_missing(family, state_dicts, where, files or {})
-    for part in state_dicts.values():
-        _refuse_untrainable(part, where=where)
+    try:
+        family = detect(weights, where=where)
+        state_dicts = {part: sd for part, sd in family.split(weights).items() if sd}
+        _refuse_missing(family, state_dicts, where, files or {})
+        for part in state_dicts.values():
+            _refuse_untrainable(part, where=where)
+    except LoraGraftError:
+        raise
+    except SHAPELESS as error:
+        raise unfit("base model", "a known family", f"{where}: {error!r:.200}") from error
     return family, state_dicts
 
 

@@ -23,6 +23,8 @@ from .weights import Renamed, joined
 Tensors = Mapping[str, torch.Tensor]
 
 DENOISER, VAE = "denoiser", "VAE"
+# What reading shapes raises where names promise others.
+SHAPELESS = (KeyError, IndexError, ValueError, TypeError, ArithmeticError, RuntimeError)
 # Beginnings of a denoiser's names in files that hold it, longest first; none counts too, see BARE.
 DENOISER_PREFIXES = (UNET_PREFIX, "diffusion_model.")
 VAE_PREFIXES = (VAE_PREFIX, "vae.")
@@ -132,7 +134,12 @@ def parts_of(source: Source) -> dict[str, Tensors]:
         names.setdefault(part, {})[new] = key
     if names.keys() - {""}:
         return {part: Renamed(weights, found) for part, found in names.items()}
-    return _alone(source)
+    try:
+        return _alone(source)
+    except LoraGraftError:
+        raise
+    except SHAPELESS:  # names of a part, and shapes that no such part has
+        raise _not_a_base(source, None) from None
 
 
 def missing_parts(

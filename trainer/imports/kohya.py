@@ -17,7 +17,7 @@ from . import kohya_table as table
 from .imported import MAX_BYTES, Findings, Imported, not_readable
 from .kohya_flow import flow_settings
 from .kohya_network import read_network
-from .kohya_scripts import FLUX, TRANSFORMERS, Script
+from .kohya_scripts import FLUX, TRANSFORMERS, Script, of_model
 from .kohya_text import read_values
 from .kohya_values import encoder_rates, library_options, optimizer, relative_steps, resolution
 
@@ -32,11 +32,15 @@ WITHOUT_EFFECT: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("sample_at_first", ("sample_prompts",)),
 )
 SAVES = ("save_every_n_epochs", "save_n_epoch_ratio", "save_every_n_steps")
-SCHNELL, CHROMA = "schnell", "chroma"
 UNET_ONLY, KEPT = "network_train_unet_only", "cache_text_encoder_outputs"
-OF_CHROMA = {
-    "guidance_scale": "Chroma is told no guidance",
-    "apply_t5_attn_mask": "T5's padding is always hidden from Chroma",
+# Settings that are made of several arguments: filled in where none of these is given.
+MADE_OF: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("timestep_sampling", "discrete_flow_shift"),
+        ("timestep_sampling", "weighting_scheme", "discrete_flow_shift", "training_shift"),
+    ),
+    "model_prediction_type": ("model_prediction_type",),
+    "text_encoder_lr": ("text_encoder_lr",),
 }
 
 
@@ -47,6 +51,7 @@ def read_kohya(text: str, *, where: str = "config") -> Imported:
     found = Findings(where)
     script, values = read_values(text, where, found)
     found.raise_any()
+    script = of_model(script, values)
     values = _looked_at(script, values, found)
     settings: dict[str, Any] = {}
     places: dict[str, str] = {}
@@ -60,16 +65,17 @@ def read_kohya(text: str, *, where: str = "config") -> Imported:
             found.refuse(f"{name} {one_line(str(value), 60)}", why, fix)
         elif name in table.HONOURED and not (value == 0 and name in table.ZERO_IS_OFF):
             settings[name] = value
-    defaults = _defaults_of(script, values, found)
+    defaults = {**table.KOHYA_DEFAULTS, **script.defaults}
     filled = frozenset(name for name in defaults if name not in settings)
     _fill_defaults(settings, defaults, found)
     _translate(script, values, settings, found)
     _drop_idle(script, settings, places, found)
+    made = {n for n, of in MADE_OF.items() if n in settings and not any(name in values for name in of)}
     reading = _reading(values, found)
     _one_dataset(values, places, found)
     found.raise_any()
     _check_kept_tokens(settings, places, where)
-    return Imported(settings, places, reading, tuple(found.notes), filled)
+    return Imported(settings, places, reading, tuple(found.notes), filled | made)
 
 
 def _looked_at(script: Script, values: Mapping[str, Any], found: Findings) -> dict[str, Any]:
@@ -79,15 +85,6 @@ def _looked_at(script: Script, values: Mapping[str, Any], found: Findings) -> di
             shown = one_line(str(values[name]).lower(), 40)
             found.notes.append(f"{name} {shown}: {script.program} does nothing with it ({why}).")
     return {name: value for name, value in values.items() if name not in script.idle}
-
-
-def _defaults_of(script: Script, values: Mapping[str, Any], found: Findings) -> dict[str, Any]:
-    """Return what the script takes where the config says nothing."""
-    own = dict(script.defaults)
-    base = re.split(r"[\\/]", str(values.get("pretrained_model_name_or_path", "")))[-1]
-    if "guidance_scale" in own and (SCHNELL in base.casefold() or values.get("model_type") == CHROMA):
-        del own["guidance_scale"]
-    return {**table.KOHYA_DEFAULTS, **own}
 
 
 def _fill_defaults(settings: dict[str, Any], defaults: Mapping[str, Any], found: Findings) -> None:
@@ -133,7 +130,12 @@ def _translate(script: Script, values: Mapping[str, Any], settings: dict[str, An
     )
     settings |= encoder_rates(script, values.get("text_encoder_lr"), settings, found)
     relative_steps(settings, found)
-    if script.program == FLUX and settings["lr_scheduler"] == "adafactor" and not settings.get(UNET_ONLY):
+    if (
+        "clip" in script.encoders
+        and script.program == FLUX
+        and settings["lr_scheduler"] == "adafactor"
+        and not settings.get(UNET_ONLY)
+    ):
         found.refuse(
             "optimizer_type Adafactor with relative_step while CLIP is trained",
             "it takes no rates, and without one Flux's text encoders are left out",
@@ -153,10 +155,6 @@ def _of_text(script: Script, values: Mapping[str, Any], settings: dict[str, Any]
     if script.program in TRANSFORMERS and settings.get(KEPT) and settings.get("text_encoder_lr"):
         del settings[KEPT]
         found.notes.append(f"{KEPT}: CLIP is trained, so captions are encoded at each step.")
-    if values.get("model_type") == CHROMA:
-        for name in (name for name in OF_CHROMA if settings.pop(name, None)):
-            found.notes.append(f"{name}: {OF_CHROMA[name]}.")
-        settings.pop("guidance_scale", None)
 
 
 def _explain(settings: Mapping[str, Any], found: Findings) -> None:

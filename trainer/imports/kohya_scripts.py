@@ -6,8 +6,9 @@ has and never looks at is IDLE there: kohya's trainer goes on without a word. Fa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 SDXL, SD3, FLUX = "sdxl_train_network.py", "sd3_train_network.py", "flux_train_network.py"
@@ -115,6 +116,26 @@ SCRIPTS: Mapping[str, Script] = {
     )
 }
 
+_SCHNELL = replace(
+    SCRIPTS[FLUX],
+    base="Flux schnell",
+    idle={**SCRIPTS[FLUX].idle, "guidance_scale": "schnell is told no guidance"},
+    defaults={},
+)
+_CHROMA = replace(
+    SCRIPTS[FLUX],
+    base="Chroma",
+    encoders=(),
+    idle={
+        **SCRIPTS[FLUX].idle,
+        "guidance_scale": "Chroma is told no guidance",
+        "apply_t5_attn_mask": "T5's padding is always hidden from Chroma",
+        "clip_l": "Chroma has no CLIP",
+        "text_encoder_lr": "Chroma has no CLIP",
+    },
+    defaults={},
+)
+
 # What lora-scripts calls the training of a LoRA -> the script that it starts.
 LORA_SCRIPTS_TYPES: Mapping[str, str] = {
     "sdxl-lora": SDXL,
@@ -147,6 +168,16 @@ OTHERS_ARGUMENTS: Mapping[str, str] = {
 def has(script: Script, name: str) -> bool:
     """Say whether a script takes an argument that is in the tables."""
     return name in LENIENT or name not in ONLY or script.program in ONLY[name]
+
+
+def of_model(script: Script, values: Mapping[str, Any]) -> Script:
+    """Return the script as it is for a model that it treats otherwise: Chroma, or schnell by its file."""
+    if script.program != FLUX:
+        return script
+    if values.get("model_type") == "chroma":
+        return _CHROMA
+    base = re.split(r"[\\/]", str(values.get("pretrained_model_name_or_path", "")))[-1]
+    return _SCHNELL if "schnell" in base.casefold() else script
 
 
 def script_of(given: Mapping[str, Any]) -> Script:

@@ -101,6 +101,8 @@ def encoder_rates(script: Script, value: Any, settings: dict[str, Any], found: F
     learning_rate, as the reference trainer takes it.
     """
     trains_t5 = settings.pop("train_t5xxl", False)
+    if not script.encoders and trains_t5:
+        found.refuse("network_args train_t5xxl=True", f"{script.base}'s T5 is not trained here", "remove it")
     rates = [typed(NUMBER, rate) for rate in (value if isinstance(value, list) else [value])]
     if value is None or rates == []:
         rates = [settings["learning_rate"]] if "t5" in script.encoders else []

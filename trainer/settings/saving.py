@@ -91,8 +91,13 @@ class SavingSettings:
     sample_every_n_epochs: int | None = setting(
         None, "Draw the sample prompts every n epochs.", minimum=1, maximum=1_000_000, advanced=True
     )
-    sample_steps: int = setting(
-        20, "Sampling steps of a sample image.", minimum=1, maximum=1000, advanced=True
+    sample_steps: int | None = setting(
+        None,
+        "Sampling steps of a sample image; empty takes what is usual for the base model (SD 20, Flux "
+        "schnell 4).",
+        minimum=1,
+        maximum=1000,
+        advanced=True,
     )
     sample_cfg: float | None = setting(
         None,
