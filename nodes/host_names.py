@@ -16,6 +16,7 @@ import comfy.sd1_clip
 import comfy.supported_models
 
 from ..trainer.errors import LoraGraftError
+from ..trainer.families.sentence_pieces import keep_pieces
 
 KL = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 
@@ -77,6 +78,8 @@ KNOWN = (
     ),
     Known("Qwen-Image", "QwenImage", "QwenImage", ("qwen25_7b",), 64, 16, CAUSAL),
     Known("Z-Image", "ZImage", "Lumina2", ("qwen3_4b",), 16, 16),
+    # Behind Z-Image, whose classes are derived from its own; NewBie reads a CLIP too.
+    Known("Lumina 2", "Lumina2", "Lumina2", ("gemma2_2b",), 16, 16, told={"clip_text_dim": None}),
 )
 # A text encoder's name begins so -> what the trainer calls its tokenizer.
 TOKENIZERS = {"clip_": "clip", "t5": "t5", "qwen": "qwen", "gemma": "gemma"}

@@ -17,8 +17,8 @@ from torch import nn
 
 from ..trainer import api
 from ..trainer.engine.packed_tensor import PackedTensor
-from .host_checks import check_base, check_present
-from .host_names import SD15, Known, family_of, text_encoders, tokenizer_folders
+from .host_checks import check_base
+from .host_names import SD15, Known, text_encoders, tokenizer_folders
 from .host_packed import shared, stored
 from .host_prediction import prediction
 
@@ -28,17 +28,11 @@ NOT_STORED = ("logit_scale", "position_ids", "num_batches_tracked")
 PROJECTION, PROJECTED = "text_projection.weight", ("clip_g",)
 
 
-def open_base(model: Any, clip: Any, vae: Any) -> api.Base:
-    """Open the base that MODEL, CLIP and VAE make, on their own storage; its hash is remembered.
+def open_known(model: Any, clip: Any, vae: Any) -> api.Base:
+    """Open a base of one of the trainer's families on the weights of MODEL, CLIP and VAE.
 
-    A MODEL of none of the trainer's families is trained through ComfyUI itself. Raises LG-NODE errors for
-    a base that cannot be trained.
+    Its hash is remembered. Raises LG-NODE-001 to -008 for a base that cannot be trained.
     """
-    check_present(model, clip, vae)
-    if family_of(model) is None:
-        from .host_any import open_any
-
-        return open_any(model, clip, vae)
     known = check_base(model, clip, vae)
     weights = dict(shared_weights(model, clip, vae, known))
     encoders = [encoder.transformer for encoder in text_encoders(clip).values()]

@@ -207,7 +207,8 @@ def _train(
     """
     from ..trainer import api
     from ..trainer.progress import Pace
-    from . import host, host_weights
+    from . import host
+    from .host_bases import open_base
     from .host_checks import check_clip_skip
     from .host_family import differentiable
     from .host_prediction import check_prediction
@@ -222,7 +223,7 @@ def _train(
             check_clip_skip(model, clip, each.clip_skip)
             check_prediction(model, each.v_parameterization, each.zero_terminal_snr)
         host.free_memory()
-        base = host_weights.open_base(model, clip, vae)
+        base = open_base(model, clip, vae)
         run = api.train_together(
             base,
             jobs,

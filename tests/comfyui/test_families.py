@@ -129,7 +129,7 @@ def test_a_run_leaves_a_file_that_fits_whole(server: Comfy, trained: tuple[str, 
     # What is behind the last layer that captions are read from is trained by nothing.
     behind = "lora_te1_text_model_encoder_layers_2_" if family == "sdxl" else None
     assert all(behind and k.startswith(behind) for k in still), still
-    assert len(tensors) > 70
+    assert len(tensors) >= 30
     assert "not loaded" not in log.lower()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,6 +166,22 @@ def test_the_base_models_defaults_are_what_is_drawn(straight: runs.Training) -> 
     n = torch.cat([torch.randn(1, generator=generator(42, 0, sample, "t")) for sample in range(len(t))])
     s = torch.sigmoid(n)
     assert t == pytest.approx((1000 * 3 * s / (1 + 2 * s)).tolist())
+
+
+def test_validation_compares_what_training_compares_and_weighs_nothing(
+    straight: runs.Training, images: Path
+) -> None:
+    held = dataclasses.replace(straight, train_set=runs.train_set(images, validation_split=0.25))
+
+    def measured(name: str, **settings: Any) -> float:
+        events = held.elsewhere(name).events(
+            learning_rate=1e-12, max_train_steps=1, validation_timesteps=2, **settings
+        )
+        return runs.only(events, api.Validated).loss
+
+    plain = measured("plain")
+    assert measured("weighed", weighting_scheme="sigma_sqrt") == plain
+    assert measured("images", model_prediction_type="denoised") < 0.9 * plain
 
 
 def test_a_bucket_is_the_size_that_flux_shift_counts(straight: runs.Training) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from loragraft.trainer import api
+from loragraft.trainer.errors import LoraGraftError
 from loragraft.trainer.families import FAMILIES
 from loragraft.trainer.families.base import Reading
 from loragraft.trainer.families.lumina2 import SYSTEM_PROMPT, Lumina2
 from loragraft.trainer.families.lumina2_model import Lumina2Transformer
+from loragraft.trainer.families.sentence_pieces import keep_pieces
+from loragraft.trainer.families.tokenizers import load_tokenizer
 from loragraft.trainer.objective.flow_times import Times, drawn_level
 from loragraft.trainer.parts import Parts
 from loragraft_tests.trainer import comfy_peer, dit_checks, tiny_dits
@@ -142,6 +149,13 @@ def test_the_system_prompt_is_diffusers() -> None:
     assert f'"{SYSTEM_PROMPT.removesuffix(" <Prompt Start> ")}"' in source
 
 
+def test_a_caption_with_a_system_prompt_of_its_own_keeps_it(parts: Parts) -> None:
+    tokens = [
+        Lumina2().tokenize(parts, [text], Reading())[1].sum() for text in ("You draw. <Prompt Start> a", "a")
+    ]
+    assert tokens[0] == 1 + len("You draw. <Prompt Start> a") and tokens[1] == 1 + len(SYSTEM_PROMPT) + 1
+
+
 def test_a_long_prompt_is_read_to_its_end(parts: Parts) -> None:
     longer = Lumina2().reading_for(parts, ["x" * 300], Reading()).t5_length
     assert longer == 1 + len(SYSTEM_PROMPT) + 300
@@ -217,6 +231,66 @@ def test_a_diffusers_folder_is_the_same_base(base: api.Base, tmp_path: Path) -> 
         tiny_dits.random_lumina(), tiny_dits.random_vae(), tiny_dits.random_gemma()
     )
     dit_checks.check_folder(base, parts, tmp_path / "folder")
+
+
+def sentence_pieces(*, more: str = "") -> bytes:
+    """Return a small SentencePiece model with Gemma's numbers of special tokens."""
+    library = pytest.importorskip("sentencepiece")
+    stream = io.BytesIO()
+    texts = ["a cat sits on a mat", "the dog and the cat", SYSTEM_PROMPT, more]
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 5),
+        model_writer=stream,
+        vocab_size=80,
+        model_type="bpe",
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        add_dummy_prefix=False,
+        minloglevel=2,
+    )
+    return stream.getvalue()
+
+
+def test_the_tokenizer_that_a_file_holds_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ComfyUI's files of Gemma 2; its folder stays, so that the base can be loaded again."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    held = torch.frombuffer(bytearray(sentence_pieces()), dtype=torch.uint8)
+    name = "text_encoders.gemma2_2b.transformer.spiece_model"
+    file = tmp_path / "lumina.safetensors"
+    save_file({**tiny_dits.lumina_weights(), name: held}, file)
+    base = api.open_base(file)
+    parts, again = base.load(), api.open_base(file)
+    assert base.tokenizer_folders == again.tokenizer_folders
+    assert base.tokenizer_folders["gemma"].startswith(str(tmp_path / "temporary"))
+    import sentencepiece
+
+    plain = sentencepiece.SentencePieceProcessor(model_proto=bytes(held.numpy()))
+    ids, mask = Lumina2().tokenize(parts, ["a dog", ""], Reading(t5_length=120))
+    assert ids[0, : int(mask[0].sum())].tolist() == [2, *plain.encode(SYSTEM_PROMPT + "a dog")]
+    assert ids[1].tolist() == [2] + [0] * 119 and mask[1].sum() == 1
+
+
+def test_a_kept_tokenizer_that_was_changed_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = keep_pieces(b"model")
+    (folder / "tokenizer.model").write_bytes(b"other")
+    assert keep_pieces(b"model") == folder
+    assert (folder / "tokenizer.model").read_bytes() == b"model"
+    assert keep_pieces(b"more") != folder
+
+
+def test_without_the_package_a_tokenizer_model_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"model")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(LoraGraftError) as caught:
+        load_tokenizer(str(tmp_path), "gemma")
+    assert caught.value.code == "LG-BASE-007" and "pip install sentencepiece" in caught.value.fix
 
 
 # ---- training and drawing ----

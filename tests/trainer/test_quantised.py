@@ -20,7 +20,7 @@ from loragraft.trainer.engine.ggml import BLOCK_TYPES
 from loragraft.trainer.engine.packed_tensor import PackedTensor, moved, unpacked
 from loragraft.trainer.engine.precision import place, resolve
 from loragraft.trainer.engine.storage import Packed, stacked
-from loragraft.trainer.families import FAMILIES, ldm_keys
+from loragraft.trainer.families import FAMILIES, ldm_keys, opening
 from loragraft.trainer.families.model_files import read_file
 from loragraft.trainer.families.quantised import QuantisedWeights, read_quantised
 from loragraft.trainer.safefile import tensor_bytes
@@ -315,6 +315,21 @@ def test_the_hash_is_over_the_stored_bytes(
         save_file(meant, tmp_path / "plain.safetensors")
         hashes.add(api.open_base(tmp_path / "plain.safetensors", tokenizer=tokenizer).weights_hash)
     assert len(hashes) == 2 * 3, "how scaled fp8 is marked is no part of it"
+
+
+@pytest.mark.parametrize("at_once", [1000, 2**22])
+def test_the_hash_of_plain_weights_is_that_of_their_values(
+    checkpoint: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Run folders and caches are named after it, so it must not change; nor do pieces of a tensor matter."""
+    monkeypatch.setattr(opening, "HASHED_AT_ONCE", at_once)
+    base = api.open_base(checkpoint, tokenizer=tokenizer)
+    vae = base.state_dicts["vae"]
+    digests = []
+    for name in sorted(vae):
+        values = hashlib.sha256(vae[name].float().contiguous().numpy().tobytes()).digest()
+        digests.append(hashlib.sha256(f"{name}{tuple(vae[name].shape)}".encode() + values).digest())
+    assert base.part_hash("vae") == hashlib.sha256(b"".join(digests)).hexdigest()[:20]
 
 
 def test_a_host_with_fp8_weights_makes_the_same_base(

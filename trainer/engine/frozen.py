@@ -204,7 +204,7 @@ def freeze(
     here = next((p.device for p in root.parameters()), torch.device("cpu"))
     refuse_lacking(storage, device or here)
     made: dict[nn.Module, nn.Module] = {}
-    here: dict[Packed, Packed] = {}  # layers may share a weight that comes from elsewhere
+    brought: dict[Packed, Packed] = {}  # layers may share a weight
     for path, layer in list(root.named_modules(remove_duplicate=False)):
         kind = _kind(layer)
         if kind is None or (weight := cast(torch.Tensor, layer.weight)).requires_grad:
@@ -218,7 +218,8 @@ def freeze(
             new = kind(layer, dtype, packed)
         elif isinstance(weight, PackedTensor):
             own = weight.packed
-            new = kind(layer, dtype, here.setdefault(own, moved(own, device)))
+            brought[own] = brought.get(own) or moved(own, device)
+            new = kind(layer, dtype, brought[own])
         elif weight.dtype != dtype and keeps(weight):
             new = kind(layer, dtype)
         else:

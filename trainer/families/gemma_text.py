@@ -73,15 +73,10 @@ def _give_scale(model: Any) -> None:
 
 def gemma_tokens(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids (B, length), cut and padded behind, and 1 where one is no padding, int64."""
-    read = tokenizer(
-        list(captions),
-        max_length=length,
-        padding="max_length",
-        padding_side="right",
-        truncation=True,
-        return_tensors="pt",
-    )
-    return read["input_ids"], read["attention_mask"]
+    rows = [tokenizer(caption, verbose=False)["input_ids"][:length] for caption in captions]
+    padded = [[*row, *[tokenizer.pad_token_id] * (length - len(row))] for row in rows]
+    mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+    return torch.tensor(padded), torch.tensor(mask)
 
 
 def gemma_longest(tokenizer: Any, captions: Sequence[str]) -> int:

@@ -31,11 +31,12 @@ SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
 SAMPLING_SHIFT = 6.0  # of the noise levels when images are drawn; training's is a setting
 TEXT, TEXT_PREFIX = "text_encoder", "text_encoders.gemma2_2b.transformer."
 TEXT_LENGTH, TEXT_LONGEST = 256, 1024
-# What captions stand behind, in ComfyUI's "superior" and diffusers' words. A text of nothing stands alone: so
-# the model learnt what no text is.
+# What captions stand behind, in ComfyUI's "superior" and diffusers' words, unless they have a prompt of the
+# kind. A text of nothing stands alone: so the model learnt what no text is.
+MARK = "<Prompt Start>"
 SYSTEM_PROMPT = (
     "You are an assistant designed to generate superior images with the superior degree of image-text "
-    "alignment based on textual prompts or user prompts. <Prompt Start> "
+    f"alignment based on textual prompts or user prompts. {MARK} "
 )
 UNUSED = ("norm_final.weight",)  # in the authors' files, read by nobody
 MODULATION = "layers.0.adaLN_modulation.1.weight"
@@ -204,5 +205,5 @@ class Lumina2:
 
 
 def _told(captions: Sequence[str]) -> list[str]:
-    """Put the system prompt before captions that say something."""
-    return [SYSTEM_PROMPT + caption if caption else caption for caption in captions]
+    """Put the system prompt before captions that say something and have none."""
+    return [SYSTEM_PROMPT + caption if caption and MARK not in caption else caption for caption in captions]

@@ -22,6 +22,7 @@ from .building import unfit
 from .folders import read_hints, sorted_folder
 from .model_files import kinds_of, read_source
 from .quantised import read_quantised
+from .sentence_pieces import pieces_in
 from .sources import SHAPELESS, Sources, bring_together, missing_parts, unused_parts
 from .tokenizers import KINDS, find_tokenizer, load_tokenizer
 
@@ -95,7 +96,10 @@ def open_file(
     weights = sources.weights()
     family, state_dicts = _sorted(weights, where=path.name, files=sources.files)
     _refuse_unused(family, sources)
-    folders = _tokenizers(family, state_dicts, tokenizer, allow_download=allow_download)
+    own_tokenizer = pieces_in(weights)
+    folders = _tokenizers(
+        family, state_dicts, tokenizer, inside=own_tokenizer, allow_download=allow_download
+    )
     hints = family.velocity_of(weights), family.zero_terminal_of(weights)
     packed = [kinds_of(source) for source in (base, own_vae, *texts) if source]
     notes = (*sources.lines, *(line for line in packed if line))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoraGraftError
+from .sentence_pieces import FILE, SentencePieces
 
 PACK = Path(__file__).resolve().parents[2]
 
@@ -61,7 +62,7 @@ KINDS: Mapping[str, Kind] = {
     "gemma": Kind(
         "Gemma's",
         "AutoTokenizer",  # transformers 4 and 5 have it under different names
-        (("tokenizer.json", "tokenizer_config.json"),),
+        (("tokenizer.json", "tokenizer_config.json"), (FILE,)),
         None,
         "google/gemma-2-2b",
     ),
@@ -111,7 +112,11 @@ def load_tokenizer(folder: str, kind: str = "clip") -> Any:
     """Load a tokenizer from a folder, or under its hub name from the local cache; raises LG-BASE-007."""
     wanted = KINDS[kind]
     try:
+        if (Path(folder) / FILE).is_file() and not (Path(folder) / "tokenizer.json").is_file():
+            return SentencePieces(Path(folder) / FILE)
         return _reader(wanted).from_pretrained(folder, local_files_only=True)
+    except LoraGraftError:
+        raise
     except Exception as error:  # the tokenizers library raises plain Exception
         raise LoraGraftError(
             "LG-BASE-007",

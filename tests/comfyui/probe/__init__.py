@@ -206,7 +206,7 @@ class ProbeShare:
 
     def look(self, model, clip, vae, tag):
         with pack("nodes.host").training_mode():
-            base = pack("nodes.host_weights").open_base(model, clip, vae)
+            base = pack("nodes.host_bases").open_base(model, clip, vae)
             parts = base.load()
             host = {
                 w.untyped_storage().data_ptr()
@@ -255,7 +255,7 @@ class ProbeForward:
         return {"required": {"model": ("MODEL",), "clip": ("CLIP",), "vae": ("VAE",), "text": ("STRING", {})}}
 
     def look(self, model, clip, vae, text):
-        base = pack("nodes.host_weights").open_base(model, clip, vae)
+        base = pack("nodes.host_bases").open_base(model, clip, vae)
         parts = base.load()
         draw = torch.Generator().manual_seed(1)
         width = parts.text_encoder.config.hidden_size

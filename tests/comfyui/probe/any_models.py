@@ -105,7 +105,7 @@ class ProbeAnyForward:
 
         before = {name: w.data_ptr() for name, w in model.model.diffusion_model.state_dict().items()}
         with torch.inference_mode(False), torch.no_grad():
-            base = pack("nodes.host_weights").open_base(model, clip, vae)
+            base = pack("nodes.host_bases").open_base(model, clip, vae)
             family, parts = base.family, base.load()
             shape = family.latent_shape(parts, 64, 96)
             x = torch.randn((1, *shape), generator=torch.Generator().manual_seed(5))

@@ -78,7 +78,7 @@ class ProbeGGUF:
         with pack("nodes.host").training_mode():
             weights = dict(pack("nodes.host_packed").stored(root))
             shared = {k: pack("nodes.host_packed").shared(w, "MODEL", k) for k, w in weights.items()}
-            base = pack("nodes.host_weights").open_base(model, clip, vae)
+            base = pack("nodes.host_bases").open_base(model, clip, vae)
             loaded = base.load().denoiser.state_dict()
         packed = {k: w.packed for k, w in shared.items() if hasattr(w, "packed")}
         errors = {
