@@ -118,7 +118,10 @@ def tokenizer_folders(clip: Any) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name in text_encoders(clip):
         inner = _tokenizer(clip, name)
-        folder = Path(str(getattr(getattr(inner, "tokenizer", None), "name_or_path", "")))
+        own = getattr(inner, "tokenizer", None)
+        folder = Path(str(getattr(own, "name_or_path", "")))
+        if hasattr(own, "serialize_model"):  # it came with the weights, in one file
+            folder = keep_pieces(own.serialize_model().numpy().tobytes())
         kind = next((kind for start, kind in TOKENIZERS.items() if name.startswith(start)), None)
         if kind is None or not any((folder / file).is_file() for file in TOKENIZER_FILES):
             raise LoraGraftError(

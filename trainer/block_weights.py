@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .config import TrainConfig
+from .errors import listed
 
 # Position i of n blocks -> weight. Down and up blocks are counted as the data passes through them.
 CURVES: Mapping[str, Callable[[int, int], float]] = {
@@ -89,7 +90,7 @@ def parsed(text: str, count: int, *, single: bool = False) -> list[float]:
 
 
 def notes(config: TrainConfig, blocks: Blocks) -> Iterator[str]:
-    """Say which lists are shorter or longer than there are blocks."""
+    """Say which lists are shorter or longer than there are blocks, and which blocks stand still."""
     for name, count in zip(WEIGHTS, blocks.counts, strict=True):
         text = getattr(config, name)
         if not text or ("," not in text and name != "mid_lr_weight"):
@@ -99,6 +100,9 @@ def notes(config: TrainConfig, blocks: Blocks) -> Iterator[str]:
             yield f"{name} has {given} of {count} values; the other blocks have weight 1"
         if given > count:
             yield f"{name} has {given} values for {count} blocks; the last {given - count} are not used"
+    if still := zero_blocks(config, blocks):
+        names = listed((blocks.names[index] for index in sorted(still)), limit=25)
+        yield f"not trained, as their weight is not above {config.block_lr_zero_threshold:g}: {names}"
 
 
 def _number(text: str) -> float:

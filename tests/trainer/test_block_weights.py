@@ -70,7 +70,14 @@ def test_lists_of_another_length_are_told() -> None:
         "mid_lr_weight",
         "up_lr_weight",
     ]
-    assert not list(notes(settings(down_lr_weight="sine"), SDXL))
+    assert not list(notes(settings(down_lr_weight="sine+.1"), SDXL))
+
+
+def test_blocks_that_stand_still_are_told() -> None:
+    config = settings(down_lr_weight="sine-.5", up_lr_weight="-1", block_lr_zero_threshold=0.1)
+    (line,) = notes(config, SD1)
+    told = [f"down {i}" for i in range(5)] + [f"up {i}" for i in range(12)]
+    assert line == "not trained, as their weight is not above 0.1: " + ", ".join(told)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import TrainConfig, optimizer_kwargs, scheduler_kwargs
+from ..settings.learning import WARM_RESTARTS, steps_of
 from ..settings.optimizers import Known, has_relative_steps
 from .refusals import bad_value, contradiction
-
-OURS = "cosine_annealing_warmup.CosineAnnealingWarmupRestarts"  # a class that guides name, which is ours
 
 # Setting -> (its value where it is not used, the schedules that read it, what to do where another is chosen)
 READ_BY: Mapping[str, tuple[Any, tuple[str, ...], str]] = {
@@ -45,8 +44,8 @@ def check(config: TrainConfig, entry: Known, where: str) -> None:
     """Raise LG-CFG-002, -003 or -004 for the first fault; ``entry`` is the optimizer's."""
     options = scheduler_kwargs(config)
     _check_type(config, where)
-    name = "cosine_with_warm_restarts" if config.lr_scheduler_type == OURS else config.lr_scheduler
-    foreign = bool(config.lr_scheduler_type) and config.lr_scheduler_type != OURS
+    name = "cosine_with_warm_restarts" if config.lr_scheduler_type == WARM_RESTARTS else config.lr_scheduler
+    foreign = bool(config.lr_scheduler_type) and config.lr_scheduler_type != WARM_RESTARTS
     for setting, (unused, readers, fix) in READ_BY.items():
         if getattr(config, setting) != unused and (foreign or name not in readers):
             shown = config.lr_scheduler_type if foreign else name
@@ -84,7 +83,9 @@ def _check_type(config: TrainConfig, where: str) -> None:
         )
     parts = config.lr_scheduler_type.split(".")
     allowed: tuple[list[str], ...] = (["torch", "optim", "lr_scheduler"], ["diffusers", "optimization"], [])
-    if config.lr_scheduler_type != OURS and (parts[:-1] not in allowed or not parts[-1].isidentifier()):
+    if config.lr_scheduler_type != WARM_RESTARTS and (
+        parts[:-1] not in allowed or not parts[-1].isidentifier()
+    ):
         raise bad_value(
             "lr_scheduler_type",
             config.lr_scheduler_type,
@@ -150,8 +151,8 @@ def _check_lengths(config: TrainConfig, name: str, where: str) -> None:
     if config.max_train_epochs is not None:
         return
     total = config.max_train_steps
-    warmup = _steps(config.lr_warmup_steps, total)
-    decay = _steps(config.lr_decay_steps, total)
+    warmup = steps_of(config.lr_warmup_steps, total)
+    decay = steps_of(config.lr_decay_steps, total)
     if warmup > total:
         raise contradiction(
             f"The warm-up takes {warmup} steps, the run has {total}.",
@@ -192,7 +193,3 @@ def _check_optimizer(config: TrainConfig, entry: Known, name: str, where: str) -
             why="without relative steps, Adafactor takes learning_rate and needs a schedule for it.",
             fix="set lr_scheduler to constant_with_warmup, or take relative_step=False away",
         )
-
-
-def _steps(value: int | float, total: int) -> int:
-    return int(value * total) if isinstance(value, float) and value < 1 else int(value)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import TrainConfig, scheduler_kwargs
 from ..errors import LoraGraftError, listed
+from ..settings.learning import WARM_RESTARTS, steps_of
 from .foreign import foreign_rate, needs_total
 from .groups import lr_scale
 from .warm_restarts import warm_restarts
@@ -18,17 +19,11 @@ Schedule = Callable[..., float]
 
 POLYNOMIAL_END = 1e-7  # the learning rate at the end, as transformers' schedule has it
 INVERSE_SQRT_TIMESCALE = 10_000  # without a warm-up
-WARM_RESTARTS = "cosine_annealing_warmup.CosineAnnealingWarmupRestarts"  # what guides name ours
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:
     """Return the warm-up in steps; a setting below 1 is a share of all steps, as kohya reads it."""
     return steps_of(config.lr_warmup_steps, total_steps)
-
-
-def steps_of(value: int | float, total_steps: int) -> int:
-    """Return a number of steps, or a share of all that is below 1, in steps."""
-    return int(value * total_steps) if isinstance(value, float) and value < 1 else int(value)
 
 
 def _constant(config: TrainConfig, step: int, total: int) -> float:

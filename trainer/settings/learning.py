@@ -24,6 +24,15 @@ LR_SCHEDULERS = (
 PRESETS = "sine, cosine, linear, reverse_linear or zeros, with an offset such as sine+.5 or sine-.5"
 
 
+# The class that guides name for cosine with warm restarts, which is not to be had: what is ours instead.
+WARM_RESTARTS = "cosine_annealing_warmup.CosineAnnealingWarmupRestarts"
+
+
+def steps_of(value: int | float, total_steps: int) -> int:
+    """Return a number of steps, or a share of all that is below 1, in steps."""
+    return int(value * total_steps) if isinstance(value, float) and value < 1 else int(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LearningSettings:
     """Where and how fast it learns: learning rates, optimizer, schedule."""
