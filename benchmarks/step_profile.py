@@ -105,7 +105,7 @@ def child(job: str, warmup: int, timed: int) -> dict[str, Any]:
     import torch
 
     from loragraft.trainer import api
-    from loragraft.trainer import run as run_module
+    from loragraft.trainer import opened as opened_module
     from loragraft.trainer import together as together_module
 
     clock = Clock(work.device != "cpu")
@@ -123,7 +123,7 @@ def child(job: str, warmup: int, timed: int) -> dict[str, Any]:
     # The loop has no hooks for this; the functions that it looks up by name are replaced in this process.
     original = together_module.open_runs
     together_module.open_runs = open_runs
-    run_module.micro_losses = clock.around("forward", run_module.micro_losses)
+    opened_module.micro_losses = clock.around("forward", opened_module.micro_losses)
     base = api.open_base(work.checkpoint, tokenizer=work.tokenizer)
     data, config = settings(work)
     train_set = api.build_train_set(api.scan_folder(work.images), data)

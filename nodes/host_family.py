@@ -177,7 +177,7 @@ class HostFamily:
         wide = sigma.view(-1, *[1] * (noisy.ndim - 1))
         x = noisy if self.is_flow else noisy * (1 + wide**2).sqrt()
         deep = self._deep(x)
-        given = dict(zip(self._keys, cond, strict=True))
+        given: dict[str, Any] = dict(zip(self._keys, cond, strict=True))
         if guidance is not None:
             given["guidance"] = guidance
         height, width = (side * self.compression for side in noisy.shape[-2:])
@@ -266,10 +266,9 @@ def objective_of(sampling: Any, kind: str) -> Any:
     if isinstance(sampling, comfy.model_sampling.CONST) and not isinstance(sampling, others):
         return api.Flow(shift=float(getattr(sampling, "shift", 1.0)))
     plain = api.NoiseSchedule()
-    own = getattr(sampling, "sigmas", None)
+    own = getattr(sampling, "sigmas", torch.empty(0)).cpu().float()
     is_noise = isinstance(sampling, comfy.model_sampling.EPS) and not isinstance(sampling, OTHER_NOISE)
-    fits = is_noise and own is not None and own.shape == plain.sigmas.shape
-    if fits and torch.allclose(own.cpu().float(), plain.sigmas, rtol=1e-3):
+    if is_noise and own.shape == plain.sigmas.shape and torch.allclose(own, plain.sigmas, rtol=1e-3):
         return plain
     raise LoraGraftError(
         "LG-NODE-017",

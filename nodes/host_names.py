@@ -120,8 +120,9 @@ def tokenizer_folders(clip: Any) -> dict[str, Path]:
         inner = _tokenizer(clip, name)
         own = getattr(inner, "tokenizer", None)
         folder = Path(str(getattr(own, "name_or_path", "")))
-        if hasattr(own, "serialize_model"):  # it came with the weights, in one file
-            folder = keep_pieces(own.serialize_model().numpy().tobytes())
+        came_with_weights = getattr(own, "serialize_model", None)
+        if came_with_weights is not None:
+            folder = keep_pieces(came_with_weights().numpy().tobytes())
         kind = next((kind for start, kind in TOKENIZERS.items() if name.startswith(start)), None)
         if kind is None or not any((folder / file).is_file() for file in TOKENIZER_FILES):
             raise LoraGraftError(

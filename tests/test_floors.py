@@ -42,6 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer.milestones",),
     ("trainer.rollback", "trainer.samples", "trainer.saving", "trainer.validation"),
     ("trainer.costs", "trainer.whole_model"),
+    ("trainer.opened", "trainer.planned", "trainer.resuming"),
     ("trainer.run", "trainer.publish"),
     ("trainer.losses", "trainer.origin", "trainer.tools"),
     (

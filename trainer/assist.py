@@ -7,8 +7,9 @@ neither the run folder nor the checkpoint's disk. Both take the same updates, st
 from __future__ import annotations
 
 from .loop import Lane, step_event, train_step
+from .resuming import share_state
 from .rollback import Diverged, Safety, exploded
-from .run import Run, share_state
+from .run import Run
 
 
 def assist(run: Run) -> Lane:

@@ -26,9 +26,11 @@ from .events import Event, Finished, Note, Planned, Step
 from .milestones import Milestones, best_line
 from .optim.rates import logged_rates, set_learning_rates
 from .plan import average_loss, step_losses
+from .planned import planned_lines
 from .publish import publish, publish_embeddings, published_name
+from .resuming import restore, share_state
 from .rollback import Diverged, Safety, exploded, not_finite
-from .run import Job, Run, planned_lines, restore, share_state
+from .run import Job, Run
 from .runlog import RunLog, write_settings
 from .samples import draw_preview
 from .saving import Shelf, best_step, describe, most_models, save

@@ -15,7 +15,8 @@ import torch
 from .data.batches import Batch
 from .errors import LoraGraftError, listed
 from .plan import step_losses
-from .run import Run, put_back, restore, training_facts, training_state
+from .resuming import put_back, restore, training_facts, training_state
+from .run import Run
 from .trends import EXPLODES, NOW, USUAL, explodes
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from .config import resolution_wh
 from .errors import one_line
 from .events import Note, Sampled
-from .families.base import Reading
 from .families.drawing import Guided, sample
+from .inputs import reading_of
 from .plan import is_due
 from .run import Run, as_used
 from .sample_prompts import SamplePrompt, parse_prompt
@@ -65,7 +66,7 @@ def _draw(run: Run, prompt: SamplePrompt, path: Path) -> Sampled | Note:
                     velocity=config.v_parameterization,
                     zero_terminal_snr=config.zero_terminal_snr,
                 ),
-                reading=Reading(clip_skip=config.clip_skip),
+                reading=replace(reading_of(config), weighted=False),
             )
     except (RuntimeError, MemoryError) as error:
         return Note(f"The sample of step {run.step} could not be drawn: {one_line(str(error), 300)}")

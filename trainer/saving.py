@@ -20,7 +20,8 @@ from .events import Saved
 from .optim.find import optimizer_name
 from .plan import Plan, is_due, save_every_epochs
 from .publish import checkpoint_name, delete_published, publish_checkpoint, publish_embeddings
-from .run import Job, Run, as_used, training_facts, training_state
+from .resuming import training_facts, training_state
+from .run import Job, Run, as_used
 from .safefile import write_text
 from .trends import Measure, best
 from .whole_model import write_model

@@ -26,11 +26,13 @@ from .events import Event, Failed, Finished, Step
 from .families.opening import Base
 from .fit import Fitted, check, fit
 from .loop import Answer, Lane, Places, Product, lane
+from .opened import open_runs
 from .optim.schedules import depends_on_total
 from .origin import AUTO, Origin, auto_origin, named_origin, origin_is_gone
 from .paths import safe_name
 from .plan import Plan, plan_run, step_losses
-from .run import Job, Run, open_runs, unfit
+from .resuming import unfit
+from .run import Job, Run
 from .runlog import check_logger
 from .usual import for_base
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from .config import TrainConfig
 from .families.opening import Base
+from .objective import SAMPLINGS
 
 OPEN = (None, "auto")
 NO_TEXT: dict[str, Any] = {"text_encoder_lr": 0.0}  # where a family's text encoders stay as they are
@@ -21,6 +22,9 @@ def for_base(config: TrainConfig, base: Base) -> tuple[TrainConfig, list[str]]:
     family = base.family
     usual = {**({} if family.trains_text else NO_TEXT), **family.defaults}
     decided: dict[str, Any] = {name: usual[name] for name in usual if getattr(config, name) in OPEN}
+    sampling = decided.get("timestep_sampling", config.timestep_sampling)
+    if sampling in SAMPLINGS and "shift" not in SAMPLINGS[sampling].settings:
+        decided.pop("discrete_flow_shift", None)  # nothing would be moved by it
     lines = [f"{name} is {_told(value)}, as is usual for {family.name}" for name, value in decided.items()]
     told = {"v_parameterization": base.velocity, "zero_terminal_snr": base.zero_terminal}
     for name, is_on in told.items():

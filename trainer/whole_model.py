@@ -20,6 +20,7 @@ from .errors import LoraGraftError
 from .families.base import Tensors
 from .families.ldm_keys import VAE_PREFIX
 from .families.opening import Base
+from .families.vae_prefix import NEWER_PREFIX
 from .families.weights import joined
 from .metadata import with_workflow
 from .publish import SUFFIX, checkpoint_name, sweep
@@ -79,7 +80,7 @@ def write_model(
 def dtype_of(config: TrainConfig) -> Callable[[str, torch.dtype], torch.dtype]:
     """Return the rule by which number format each tensor of the file has."""
     wanted = DTYPES[config.save_precision]
-    return lambda name, own: own if name.startswith(VAE_PREFIX) else wanted
+    return lambda name, own: own if name.startswith((VAE_PREFIX, NEWER_PREFIX)) else wanted
 
 
 def model_bytes(base: Base, config: TrainConfig) -> int:

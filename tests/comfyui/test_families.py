@@ -30,9 +30,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "flux_schnell": ("flux_schnell", {}),
     "chroma": ("chroma", {}),
     "flux2": ("flux2", {}),
+    "qwen_image": ("qwen_image", {}),
     "z_image": ("z_image", {}),
 }
-MAIN = ("sd2", "sdxl", "sd35", "flux", "chroma", "flux2", "z_image")
+COMPARED = ("sd2", "sdxl", "sd35", "flux")
+MAIN = (*COMPARED, "chroma", "flux2", "qwen_image", "z_image")
 PREDICTIONS = {
     "sd2": (False, False),
     "sd2_v": (True, False),
@@ -184,6 +186,8 @@ def test_comfyui_and_the_trainers_own_modules_draw_the_same(
     print(report)
     assert report["lora_moves"] > 0.02 and report["deviation"] > 0.1
     assert report["apart"] < 1e-3
+    assert ("diffusers_apart" in report) == (family in COMPARED)
+    assert report.get("diffusers_apart", 0.0) < 1e-3, "diffusers' own pipeline and LoRA loader"
 
 
 @pytest.mark.skipif(on_gpu(), reason="the command line trains on the CPU here")

@@ -128,18 +128,18 @@ def test_graphs_give_their_memory_back(base: api.Base, train_set: api.TrainSet, 
 def test_a_capture_that_fails_is_said_and_runs_eagerly(
     base: api.Base, train_set: api.TrainSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loragraft.trainer import run
+    from loragraft.trainer import losses
 
-    real = run.diffusion_losses
+    real = losses.diffusion_losses
 
     def on_the_host(*tensors: Any) -> torch.Tensor:
-        losses = real(*tensors)
-        return losses * (1.0 if losses.sum().item() > 0 else 2.0)  # reads the loss: no graph can hold that
+        found = real(*tensors)
+        return found * (1.0 if found.sum().item() > 0 else 2.0)  # reads the loss: no graph can hold that
 
-    monkeypatch.setattr(run, "diffusion_losses", on_the_host)
+    monkeypatch.setattr(losses, "diffusion_losses", on_the_host)
     options: dict[str, Any] = {"max_train_steps": 6, "mixed_precision": "fp32"}
     captured, events = train(base, train_set, tmp_path / "captured", **options)
     assert [e for e in runs.of(events, api.Note) if "not captured" in e.text]
-    monkeypatch.setattr(run, "diffusion_losses", real)
+    monkeypatch.setattr(losses, "diffusion_losses", real)
     eager, _ = train(base, train_set, tmp_path / "eager", engine="eager", **options)
     assert captured.losses == pytest.approx(eager.losses, rel=1e-4)

@@ -32,7 +32,8 @@ from loragraft.trainer.engine.steps import Fused, Micro
 from loragraft.trainer.errors import LoraGraftError
 from loragraft.trainer.inputs import Inputs
 from loragraft.trainer.loop import Answer, train_step
-from loragraft.trainer.run import Run, open_runs
+from loragraft.trainer.opened import open_runs
+from loragraft.trainer.run import Run
 from loragraft_tests.trainer import runs
 
 SIZE = 2

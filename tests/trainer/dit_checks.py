@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from loragraft.trainer import api
 from loragraft.trainer.adapters import network
@@ -133,6 +134,18 @@ def check_comfyui_reads_the_lora(
         change = up @ down * (file[f"{key}.alpha"] / len(down))
         name = f"{module.target.path}.weight"
         torch.testing.assert_close(answer.weights[name] - weights[name], change, atol=2e-6, rtol=0)
+
+
+def check_shapes_are_read(
+    theirs: nn.Module, named: Callable[[Any], Any], config: Callable[[Any], dict[str, Any]], ours: Any
+) -> dict[str, Any]:
+    """Hold that diffusers' module, on the meta device, has the tensors of ours; return the shape read."""
+    sd = named(theirs.state_dict())
+    read = config(sd)
+    with torch.device("meta"):
+        again = ours(**read).state_dict()
+    assert {k: v.shape for k, v in again.items()} == {k: sd[k].shape for k in sd}
+    return read
 
 
 def check_golden_modules(family: str, parts: Parts, case: str) -> None:

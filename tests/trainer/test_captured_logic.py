@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from loragraft.trainer import api
-from loragraft.trainer import run as run_module
+from loragraft.trainer import opened as opened_module
 from loragraft.trainer.engine import captured, steps
 from loragraft.trainer.engine.captured import Captured
 from loragraft_tests.trainer import runs
@@ -141,13 +141,13 @@ def test_a_capture_that_computes_something_else_is_not_used(
             flats[0].grads += 1.0
 
     flats: list[Any] = []
-    opened = run_module.Fused.__init__
+    opened = opened_module.Fused.__init__
 
     def init(self: Any, losses_of: Any, optimizers: Any, flat: Any, *others: Any) -> None:
         flats[:] = [flat]
         opened(self, losses_of, optimizers, flat, *others)
 
-    monkeypatch.setattr(run_module.Fused, "__init__", init)
+    monkeypatch.setattr(opened_module.Fused, "__init__", init)
     monkeypatch.setattr(Replayed, "replay", wrong)
     fused = training.elsewhere("fused").finish(engine="fused", max_train_steps=5)
     events = training.elsewhere("captured").events(engine="captured", max_train_steps=5)

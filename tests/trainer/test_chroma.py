@@ -13,7 +13,8 @@ from loragraft.trainer.errors import LoraGraftError
 from loragraft.trainer.families import FAMILIES, detect
 from loragraft.trainer.families.base import Reading
 from loragraft.trainer.families.chroma import Chroma
-from loragraft.trainer.families.chroma_model import ChromaTransformer
+from loragraft.trainer.families.chroma_keys import chroma_from_diffusers
+from loragraft.trainer.families.chroma_model import ChromaTransformer, chroma_config
 from loragraft.trainer.parts import Parts
 from loragraft_tests.trainer import comfy_peer, dit_checks, tiny_dits, tiny_t5
 
@@ -250,6 +251,15 @@ def test_only_chroma_is_taken_for_chroma() -> None:
     flux = {k: v for k, v in weights.items() if "distilled_guidance_layer" not in k}
     assert not Chroma().detect(flux)
     assert detect(weights, where="x").name == "chroma"
+
+
+def test_the_released_models_shape_is_read_from_its_weights() -> None:
+    from diffusers import ChromaTransformer2DModel
+
+    with torch.device("meta"):
+        theirs = ChromaTransformer2DModel()
+    read = dit_checks.check_shapes_are_read(theirs, chroma_from_diffusers, chroma_config, ChromaTransformer)
+    assert read == FULL_SIZE
 
 
 def test_the_lora_has_the_references_modules() -> None:

@@ -157,7 +157,7 @@ def trained_text(base: api.Base) -> dict[str, Any]:
 
 # How the names of modules begin that no loss depends on.
 UNREACHED: dict[str, tuple[str, ...]] = {
-    "sdxl": ("lora_te1_text_model_encoder_layers_1_",),  # captions are read from the layer before
+    "sdxl": ("lora_te1_text_model_encoder_layers_2_",),  # captions are read from the layer before
 }
 
 

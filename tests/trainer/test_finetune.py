@@ -311,6 +311,7 @@ def test_class_images_of_weight_0_teach_nothing(
             run.engine.backward([Micro(0, run.feed(0)[1].tensors, 1)])
             norms[weight] = float(run.engine.update(0, 0.0))
 
-        runs.look_inside(dreambooth(weight), monkeypatch, backward, gradient_accumulation_steps=2, engine="eager")
+        options: dict[str, Any] = {"gradient_accumulation_steps": 2, "engine": "eager"}
+        runs.look_inside(dreambooth(weight), monkeypatch, backward, **options)
     assert norms[0.0] == 0 and norms[1.0] > 0
     assert norms[0.5] == pytest.approx(norms[1.0] / 2, rel=1e-4)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from types import SimpleNamespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +13,17 @@ import torch
 
 from loragraft.trainer import api
 from loragraft.trainer.adapters.configured import settings_of
+from loragraft.trainer.config import TrainConfig
 from loragraft.trainer.contradictions.family import OF_FLOW, OF_NOISE, check
+from loragraft.trainer.families import FAMILIES
 from loragraft.trainer.families.sd15 import SD15
 from loragraft.trainer.inputs import Fed, reading_of
 from loragraft.trainer.inputs.noise import draw_timestep, times_of
 from loragraft.trainer.losses import micro_losses
-from loragraft.trainer.objective import Flow, Objective, Times, generator
+from loragraft.trainer.objective import SAMPLINGS, Flow, Objective, Times, generator
 from loragraft.trainer.optim.groups import group_tensors
 from loragraft.trainer.parts import Target
+from loragraft.trainer.usual import for_base
 from loragraft_tests.trainer import runs
 from loragraft_tests.trainer.data_folders import Refusal, golden
 
@@ -184,6 +187,15 @@ def test_validation_compares_what_training_compares_and_weighs_nothing(
     assert measured("images", model_prediction_type="denoised") < 0.9 * plain
 
 
+def test_a_shift_is_decided_only_where_it_moves_something(straight: runs.Training) -> None:
+    for sampling, shift in {"auto": 3.0, "logit_normal": 3.0, "uniform": None, "flux_shift": None}.items():
+        config, lines = for_base(api.TrainConfig(timestep_sampling=sampling), straight.base)
+        assert config.discrete_flow_shift == shift, sampling
+        assert ("discrete_flow_shift is 3, as is usual for straight" in lines) == (shift is not None)
+    own, _ = for_base(api.TrainConfig(discrete_flow_shift=2.0), straight.base)
+    assert (own.discrete_flow_shift, own.timestep_sampling) == (2.0, "shift")
+
+
 def test_a_bucket_is_the_size_that_flux_shift_counts(straight: runs.Training) -> None:
     family: Any = straight.base.family
     straight.finish(max_train_steps=1, network_train_unet_only=True, timestep_sampling="flux_shift")
@@ -250,9 +262,15 @@ def test_a_flows_setting_is_refused_on_a_schedule(name: str) -> None:
         check(config, Straight())
 
 
-def test_nothing_is_refused_at_the_defaults() -> None:
-    check(PLAIN, Straight())
-    check(PLAIN, SD15())
+@pytest.mark.parametrize("family", [Straight(), *FAMILIES.values()], ids=lambda family: family.name)
+def test_a_familys_own_settings_are_settings_and_nothing_is_refused_at_the_defaults(family: Any) -> None:
+    check(PLAIN, family)
+    assert {*family.ignored, *family.defaults} <= set(TrainConfig.__dataclass_fields__)
+    assert not set(family.ignored) & set(family.defaults), "nobody could set what the family decides"
+    assert all(getattr(PLAIN, name) in (None, "auto") for name in family.defaults), "only what is open"
+    is_flow = isinstance(family.objective, Flow)
+    assert ("timestep_sampling" in family.defaults) == is_flow
+    assert not is_flow or family.defaults["timestep_sampling"] in SAMPLINGS
 
 
 def test_a_number_is_checked_against_what_auto_stands_for() -> None:

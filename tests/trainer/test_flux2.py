@@ -12,6 +12,8 @@ from loragraft.trainer.errors import LoraGraftError
 from loragraft.trainer.families import FAMILIES
 from loragraft.trainer.families.base import Reading
 from loragraft.trainer.families.flux2 import Flux2Klein, empirical_mu
+from loragraft.trainer.families.flux2_keys import flux2_from_diffusers
+from loragraft.trainer.families.flux2_model import Flux2Transformer, flux2_config
 from loragraft.trainer.parts import Parts
 from loragraft_tests.trainer import comfy_peer, dit_checks, tiny_dits
 
@@ -226,6 +228,27 @@ def test_an_older_diffusers_is_refused_with_the_remedy(
         base.load()
     assert caught.value.code == "LG-BASE-010"
     assert "0.35.2" in caught.value.where and "diffusers>=0.36" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("width", "double", "single", "context"), [(3072, 5, 20, 7680), (4096, 8, 24, 12288)], ids=["4B", "9B"]
+)
+def test_the_released_models_shape_is_read_from_its_weights(
+    width: int, double: int, single: int, context: int
+) -> None:
+    from diffusers import Flux2Transformer2DModel
+
+    with torch.device("meta"):
+        theirs = Flux2Transformer2DModel(
+            num_layers=double,
+            num_single_layers=single,
+            num_attention_heads=width // 128,
+            joint_attention_dim=context,
+            guidance_embeds=False,
+        )
+    read = dit_checks.check_shapes_are_read(theirs, flux2_from_diffusers, flux2_config, Flux2Transformer)
+    sizes = {"width": width, "heads": width // 128, "inside": 3 * width, "channels": 128}
+    assert read == {**sizes, "context": context, "double": double, "single": single}
 
 
 @pytest.mark.comfy

@@ -321,6 +321,13 @@ def test_ranks_are_those_of_kohyas_network(case: dict[str, Any]) -> None:
     assert (chosen.rank_of(text) or (0,))[0] == 8, "text encoders are trained whatever blocks are"
 
 
+def test_a_blocks_number_is_the_whole_number() -> None:
+    chosen = settings_of(train(f"{FLUX} --network_args train_double_block_indices=1"), None)
+    names = {n: f"lora_unet_double_blocks_{n}_img_mlp_0" for n in (1, 10, 11)}
+    ranks = {n: chosen.rank_of(Target("denoiser", "x", name, "linear")) for n, name in names.items()}
+    assert ranks[1] is not None and ranks[10] is None and ranks[11] is None
+
+
 @pytest.mark.parametrize(
     ("line", "code", "named"),
     [

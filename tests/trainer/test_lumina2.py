@@ -17,7 +17,8 @@ from loragraft.trainer.errors import LoraGraftError
 from loragraft.trainer.families import FAMILIES
 from loragraft.trainer.families.base import Reading
 from loragraft.trainer.families.lumina2 import SYSTEM_PROMPT, Lumina2
-from loragraft.trainer.families.lumina2_model import Lumina2Transformer
+from loragraft.trainer.families.lumina2_keys import lumina2_from_diffusers
+from loragraft.trainer.families.lumina2_model import Lumina2Transformer, lumina2_config
 from loragraft.trainer.families.sentence_pieces import keep_pieces
 from loragraft.trainer.families.tokenizers import load_tokenizer
 from loragraft.trainer.objective.flow_times import Times, drawn_level
@@ -212,6 +213,17 @@ def test_only_lumina_is_taken_for_it() -> None:
     assert not Lumina2().detect(
         {**weights, "model.diffusion_model.clip_text_pooled_proj.0.weight": torch.ones(1)}
     )
+
+
+def test_the_released_models_shape_is_read_from_its_weights() -> None:
+    from diffusers import Lumina2Transformer2DModel
+
+    with torch.device("meta"):
+        theirs = Lumina2Transformer2DModel(cap_feat_dim=2304)
+    read = dit_checks.check_shapes_are_read(
+        theirs, lumina2_from_diffusers, lumina2_config, Lumina2Transformer
+    )
+    assert read == FULL_SIZE
 
 
 def test_the_lora_has_the_references_modules() -> None:

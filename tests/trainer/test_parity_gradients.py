@@ -22,8 +22,9 @@ from loragraft.trainer.data.batches import Batch
 from loragraft.trainer.engine.precision import Precision
 from loragraft.trainer.engine.steps import Fused, Micro
 from loragraft.trainer.inputs import Fed, Inputs
+from loragraft.trainer.opened import open_runs
 from loragraft.trainer.plan import plan_run
-from loragraft.trainer.run import Job, Run, open_runs
+from loragraft.trainer.run import Job, Run
 from loragraft_tests.trainer import parity, runs
 from loragraft_tests.trainer.parity import CURVES, GRADIENTS, Case
 

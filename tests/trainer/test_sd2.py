@@ -236,7 +236,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(settings: dict[str, Any], sd2_r
 
 
 def test_the_whole_model_is_a_file_with_the_training_in_it(sd2_runs: runs.Training, tokenizer: Path) -> None:
-    end = sd2_runs.finish(save_as="checkpoint", save_precision="fp32", max_train_steps=2, learning_rate=3e-2)
+    end = sd2_runs.finish(save_as="checkpoint", save_precision="fp32", max_train_steps=2, learning_rate=0.1)
     assert end.model_file is not None
     whole = api.open_base(end.model_file, tokenizer=tokenizer)
     settings = api.DrawSettings(steps=2, size=(32, 32), mixed_precision="fp32")

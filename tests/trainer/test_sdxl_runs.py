@@ -55,6 +55,18 @@ def test_the_denoiser_is_told_the_sizes(sdxl: api.Base) -> None:
         assert not any(torch.allclose(one, other, atol=1e-6) for other in outputs[:i])
 
 
+def test_latents_have_sdxls_scale(sdxl: api.Base) -> None:
+    parts, image = sdxl.load(), torch.randn(1, 3, 16, 24)
+    moments = sdxl.family.encode_images(parts, image)
+    noise = torch.randn_like(moments["mean"])
+    latents = sdxl.family.latents(moments, noise)
+    assert latents.shape[1:] == sdxl.family.latent_shape(parts, 16, 24)
+    drawn = moments["mean"] + moments["std"] * noise
+    torch.testing.assert_close(latents, 0.13025 * drawn)  # as published with SDXL's VAE
+    vae: Any = parts.vae
+    torch.testing.assert_close(sdxl.family.decode(parts, latents), vae.decode(drawn).sample)
+
+
 # ---- runs ----
 
 
@@ -118,7 +130,7 @@ def test_the_whole_model_is_a_file_with_the_training_in_it(
     sdxl_runs: runs.Training, tmp_path: Path, tokenizer: Path
 ) -> None:
     """Also what lies in OpenCLIP's joined matrices; and it says that it predicts velocity."""
-    v = {"v_parameterization": True, "zero_terminal_snr": True, "learning_rate": 1e-2}
+    v = {"v_parameterization": True, "zero_terminal_snr": True, "learning_rate": 0.05}
     end = sdxl_runs.finish(save_as="checkpoint", save_precision="fp32", max_train_steps=2, **v)
     assert end.model_file is not None
     assert set(load_file(end.model_file)) >= {"v_pred", "ztsnr"}
@@ -148,7 +160,7 @@ def test_the_whole_model_is_a_file_with_the_training_in_it(
 
 def test_a_lora_is_merged_into_the_modules_that_it_was_trained_on(sdxl_runs: runs.Training) -> None:
     """What `loragraft sample` draws is what the run's own samples draw with."""
-    end = sdxl_runs.finish(max_train_steps=2, learning_rate=3e-2, save_precision="fp32")
+    end = sdxl_runs.finish(max_train_steps=2, learning_rate=0.1, save_precision="fp32")
     common: Any = {"steps": 2, "size": (32, 32), "cfg": 3.0, "mixed_precision": "fp32"}
     attached, without = (
         np.asarray(drawn.image, dtype=np.int32)

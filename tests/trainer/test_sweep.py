@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loragraft.trainer import api, run
+from loragraft.trainer import api, opened
 from loragraft.trainer.config import TrainConfig
 from loragraft.trainer.literals import literal
 from loragraft.trainer.sweep import (
@@ -196,7 +196,7 @@ def test_what_runs_share_cannot_be_swept(name: str) -> None:
 
 
 def test_all_that_runs_side_by_side_share_is_listed() -> None:
-    assert {*run.SHARED, "mixed_precision", "output_name"} <= NOT_SWEPT.keys() <= vars(CONFIG).keys()
+    assert {*opened.SHARED, "mixed_precision", "output_name"} <= NOT_SWEPT.keys() <= vars(CONFIG).keys()
 
 
 @pytest.mark.parametrize(

@@ -392,7 +392,7 @@ def test_a_merged_checkpoint_predicts_as_the_lora_does(
 
     merged = api.open_base(target, tokenizer=Path(base.tokenizer_folders["clip"])).load()
     ours = base.load()
-    merge_into_modules(ours, [(lora_file.read_lora(lora), 0.8)])
+    merge_into_modules(base.family, ours, [(lora_file.read_lora(lora), 0.8)])
     plain = base.load()
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([300])
     outs = []

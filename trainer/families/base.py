@@ -14,7 +14,7 @@ from ..objective import Objective
 from ..parts import Parts, Target
 
 Tensors = Mapping[str, torch.Tensor]
-Texts = tuple[torch.Tensor, ...]  # of captions, each (B, ...): their tokens, or what the denoiser sees of them
+Texts = tuple[torch.Tensor, ...]  # of captions, each (B, ...): their tokens, or what the denoiser sees
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -104,11 +103,6 @@ class GGUFWeights(Mapping[str, torch.Tensor]):
         _refuse_unknown(path, entries)
         self._entries = entries
         self._pages = Pages(path, places)
-
-    @property
-    def kinds(self) -> dict[str, int]:
-        """How many tensors are of which packed type."""
-        return dict(Counter(PACKED[e.kind] for e in self._entries.values() if e.kind in PACKED))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         entry = self._entries[name]

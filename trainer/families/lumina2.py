@@ -54,6 +54,7 @@ class Lumina2:
         "ss_base_model_version": "lumina2",
         "modelspec.architecture": "lumina-2/lora",
         "modelspec.implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
+        "modelspec.prediction_type": "epsilon",  # what the reference trainer writes, though it is a flow
     }
     encoders: Mapping[str, str] = {TEXT: "gemma"}
     optional: tuple[str, ...] = ()

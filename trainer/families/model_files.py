@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from ..errors import LoraGraftError
 from .base import Tensors
 from .gguf_file import DamagedGGUF, GGUFWeights
-from .quantised import QuantisedWeights, read_quantised
+from .quantised import read_quantised
 from .sources import Source
 from .weights import FileWeights, joined
 
@@ -65,15 +65,6 @@ def read_folder(folder: Path) -> Tensors:
             fix="save the model again with safe_serialization, or name a single .safetensors checkpoint",
         )
     return joined([read_file(file, where=f"{folder.name}/{file.name}") for file in files])
-
-
-def kinds_of(source: Source) -> str | None:
-    """Say in a line which of a file's weights stay packed; None where none do."""
-    weights = source.weights
-    if not isinstance(weights, GGUFWeights | QuantisedWeights) or not weights.kinds:
-        return None
-    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(weights.kinds.items()))
-    return f"{source.name}: {counts} weights stay packed and are unpacked where they are used"
 
 
 def refuse_other_formats(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,13 +21,14 @@ from . import FAMILIES, detect
 from .base import Family, Tensors
 from .building import unfit
 from .folders import read_hints, sorted_folder
-from .model_files import kinds_of, read_source
+from .model_files import read_source
 from .quantised import read_quantised
 from .sentence_pieces import pieces_in
 from .sources import SHAPELESS, Sources, bring_together, missing_parts, unused_parts
 from .tokenizers import KINDS, find_tokenizer, load_tokenizer
 
 TRAINABLE = (torch.float32, torch.float16, torch.bfloat16)
+PLAIN = ""
 KNOWN_CLASSES = (torch.Tensor, torch.nn.Parameter, PackedTensor)
 HASHED_AT_ONCE = 2**22  # values: no weight is there twice
 PARTS = (DENOISER, "vae", *TEXT_ENCODERS)  # in the order of their hashes
@@ -90,19 +92,15 @@ def open_file(
 
     ``vae`` and ``text_encoders`` also take the place of those in a checkpoint. Pages are mapped, not read.
     """
-    base, texts = read_source(path), [read_source(text) for text in text_encoders]
-    own_vae = read_source(vae) if vae else None
-    sources = bring_together(base, vae=own_vae, texts=texts)
+    texts = [read_source(text) for text in text_encoders]
+    sources = bring_together(read_source(path), vae=read_source(vae) if vae else None, texts=texts)
     weights = sources.weights()
-    family, state_dicts = _sorted(weights, where=path.name, files=sources.files)
+    family, state_dicts, packed = _sorted(weights, where=path.name, files=sources.files)
     _refuse_unused(family, sources)
     own_tokenizer = pieces_in(weights)
-    folders = _tokenizers(
-        family, state_dicts, tokenizer, inside=own_tokenizer, allow_download=allow_download
-    )
+    folders = _tokenizers(family, state_dicts, tokenizer, inside=own_tokenizer, allow_download=allow_download)
     hints = family.velocity_of(weights), family.zero_terminal_of(weights)
-    packed = [kinds_of(source) for source in (base, own_vae, *texts) if source]
-    notes = (*sources.lines, *(line for line in packed if line))
+    notes = (*sources.lines, *packed)
     name = name or path.stem
     own = vae.stem if vae else ""
     return Base(family, name, state_dicts, folders, None, True, *hints, notes, own)
@@ -117,13 +115,12 @@ def open_folder(
 ) -> Base:
     """Open a diffusers folder (unet/ or transformer/, vae/, text_encoder/, ...) of safetensors files."""
     family, state_dicts = sorted_folder(path, FAMILIES)
-    for part, sd in state_dicts.items():
-        _refuse_untrainable(sd, where=f"{path.name}/{family.folders[part]}")
+    notes = _checked(state_dicts, {part: f"{path.name}/{folder}" for part, folder in family.folders.items()})
     folders = _tokenizers(family, state_dicts, tokenizer, inside=path, allow_download=allow_download)
     said, weights = read_hints(path), family.join(state_dicts)
     velocity = family.velocity_of(weights) if said.velocity is None else said.velocity
     terminal = family.zero_terminal_of(weights) if said.zero_terminal is None else said.zero_terminal
-    return Base(family, name or path.name, state_dicts, folders, None, True, velocity, terminal)
+    return Base(family, name or path.name, state_dicts, folders, None, True, velocity, terminal, notes)
 
 
 def open_weights(
@@ -141,13 +138,13 @@ def open_weights(
     ``velocity`` and ``zero_terminal`` are what a host knows of it; None asks the weights.
     """
     weights = read_quantised({k: _view(v) for k, v in weights.items()}, {}, where=where)
-    family, state_dicts = _sorted(weights, where=where)
+    family, state_dicts, notes = _sorted(weights, where=where)
     if velocity is None:
         velocity = family.velocity_of(weights)
     if zero_terminal is None:
         zero_terminal = family.zero_terminal_of(weights)
     own = {kind: tokenizers[kind] for part, kind in family.encoders.items() if part in state_dicts}
-    return Base(family, name, state_dicts, own, known_hash, False, velocity, zero_terminal)
+    return Base(family, name, state_dicts, own, known_hash, False, velocity, zero_terminal, notes)
 
 
 def _tokenizers(
@@ -195,8 +192,8 @@ def _present(state_dicts: Mapping[str, Tensors]) -> list[str]:
 
 def _sorted(
     weights: Tensors, *, where: str, files: Mapping[str, str] | None = None
-) -> tuple[Family, dict[str, Tensors]]:
-    """Return the family of weights under single-file names, and its parts' state dicts, none of them empty.
+) -> tuple[Family, dict[str, Tensors], tuple[str, ...]]:
+    """Return the family of weights under single-file names, its parts' state dicts, and lines for the log.
 
     ``files`` are the names of the files that parts come from, if they come from files.
     """
@@ -204,13 +201,12 @@ def _sorted(
         family = detect(weights, where=where)
         state_dicts = {part: sd for part, sd in family.split(weights).items() if sd}
         _refuse_missing(family, state_dicts, where, files or {})
-        for part in state_dicts.values():
-            _refuse_untrainable(part, where=where)
+        notes = _checked(state_dicts, dict.fromkeys(state_dicts, where))
     except LoraGraftError:
         raise
     except SHAPELESS as error:
         raise unfit("base model", "a known family", f"{where}: {error!r:.200}") from error
-    return family, state_dicts
+    return family, state_dicts, notes
 
 
 def _view(weight: torch.Tensor) -> torch.Tensor:
@@ -287,17 +283,31 @@ def _refuse_unused(family: Family, sources: Sources) -> None:
         )
 
 
-def _refuse_untrainable(weights: Tensors, *, where: str) -> None:
-    wrong = sorted(
-        {str(v.dtype).removeprefix("torch.") for v in weights.values() if v.dtype not in TRAINABLE}
+def _checked(state_dicts: Mapping[str, Tensors], where: Mapping[str, str]) -> tuple[str, ...]:
+    """Look at every tensor once: raise LG-BASE-005 for what cannot be trained on; say what is packed."""
+    lines = []
+    for part, weights in state_dicts.items():
+        kinds: Counter[str] = Counter()
+        wrong: dict[str, str] = {}
+        for name, weight in weights.items():
+            if weight.dtype not in TRAINABLE or type(weight) not in KNOWN_CLASSES:
+                wrong[name] = str(weight.dtype).removeprefix("torch.")
+            elif weight.ndim > 1:
+                kinds[weight.packed.storage if isinstance(weight, PackedTensor) else PLAIN] += 1
+        if wrong:
+            raise _untrainable(wrong, where[part])
+        plain = kinds.pop(PLAIN, 0)
+        if kinds:
+            counts = listed(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+            lines.append(f"{part}: {counts} weights stay packed until they are used; {plain} are plain")
+    return tuple(lines)
+
+
+def _untrainable(wrong: Mapping[str, str], where: str) -> LoraGraftError:
+    return LoraGraftError(
+        "LG-BASE-005",
+        f"The base model's weights are quantised ({listed(sorted(set(wrong.values())))}, packed tensors).",
+        where=f"{where}: {listed(wrong, limit=2)}",
+        why="nothing tells how these numbers are read.",
+        fix="load the fp8, fp16, bf16 or fp32 version of the model, or a GGUF file",
     )
-    odd = sorted(k for k, v in weights.items() if type(v) not in KNOWN_CLASSES)
-    if wrong or odd:
-        named = [k for k in weights if weights[k].dtype not in TRAINABLE] or odd
-        raise LoraGraftError(
-            "LG-BASE-005",
-            f"The base model's weights are quantised ({listed(wrong) or 'packed tensors'}).",
-            where=f"{where}: {listed(named, limit=2)}",
-            why="nothing tells how these numbers are read.",
-            fix="load the fp8, fp16, bf16 or fp32 version of the model, or a GGUF file",
-        )

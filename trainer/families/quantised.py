@@ -8,7 +8,6 @@ no scale. All become what `PackedTensor` holds, and the tensors that only descri
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,20 +53,13 @@ class _Layer:
 
 
 class QuantisedWeights(Mapping[str, torch.Tensor]):
-    """The tensors of a file; those of quantised layers are packed when asked for, vectors unpacked.
-
-    ``kinds`` counts the packed layers of each format.
-    """
+    """The tensors of a file; those of quantised layers are packed when asked for, vectors unpacked."""
 
     def __init__(self, weights: Tensors, layers: Mapping[str, _Layer], where: str) -> None:
         self._weights, self._layers, self._where = weights, layers, where
         used = {k for k in weights if k.endswith((OF_LAYER, *SCALES, *INPUTS, SECOND_SCALE))}
         used |= {k for k in weights if k == OLD_MARK or k.endswith(f".{OLD_MARK}")}
         self._names = [k for k in weights if k not in used]
-        marked = (layer.kind for layer in layers.values())
-        unmarked = (k for k in self._names if k.removesuffix(".weight") not in layers)
-        plain = (FP8[weights[k].dtype] for k in unmarked if weights[k].dtype in FP8 and weights[k].ndim > 1)
-        self.kinds = dict(Counter((*marked, *plain)))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         weight = self._weights[name]

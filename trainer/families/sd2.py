@@ -35,10 +35,8 @@ from .words import add_words, word_rows
 SCALING_FACTOR = 0.18215
 TITLE = "SD2.x"
 HF_TEXT = "text_encoders.clip_h.transformer."
-OPENCLIP_TEXTS = (
-    "cond_stage_model.model.",
-    "conditioner.embedders.0.model.",
-)  # its authors', SDXL's
+# Where its authors keep the text encoder, and where SDXL's authors do.
+OPENCLIP_TEXTS = ("cond_stage_model.model.", "conditioner.embedders.0.model.")
 PAD = 0  # OpenCLIP's padding: the token of "!"
 CUT_LAYERS = 23  # an encoder of so many layers has lost its last one already
 LAYER = r"text_model\.encoder\.layers\.(\d+)\."
@@ -82,7 +80,7 @@ class SD2:
         return unet_kind(weights) == "sd2"
 
     def velocity_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: by the spread of a bias, as ComfyUI tells it; SD2.0 and SD2.1 with 768 pixels do."""
+        """See `Family`: by the spread of a bias, as ComfyUI tells it; those for 768 pixels do."""
         found = [(int(m[1]), k) for k in weights if (m := VELOCITY_BIAS.fullmatch(k))]
         if not found:
             return None

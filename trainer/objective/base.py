@@ -1,4 +1,4 @@
-"""What an objective offers: how noise is added, what is predicted, and the way back from noise to an image."""
+"""What an objective offers: how noise is added, what is predicted, and the way back to an image."""
 
 from __future__ import annotations
 

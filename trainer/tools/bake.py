@@ -18,7 +18,7 @@ from .lora_file import LoraFile, Module, check_free
 from .places import Place, places_in
 from .stream import Form, open_weights, weights_metadata, write_stream
 
-OTHER_BASE = "use the LoRA with a checkpoint of the kind that it was trained on (SD1.x, SD2.x, SDXL, Flux.1)"
+OTHER_BASE = "use the LoRA with a checkpoint, or a denoiser's file, of the kind that it was trained on"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -1,12 +1,13 @@
 """Extract a LoRA from two checkpoints: the difference of their weights, approximated at a rank.
 
 Each difference is taken apart by its singular values, up = U S, down = V'. As in kohya's
-extract_lora_from_models, values beyond the ``clamp_quantile`` of both are cut off, and the text encoder is
+extract_lora_from_models, values beyond the ``clamp_quantile`` of both are cut off, and a text encoder is
 left out where no weight of it differs by more than ``min_diff``.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,16 @@ import torch
 
 from ..adapters.files import compact
 from ..errors import LoraGraftError, listed
-from ..families.weights import FileWeights
+from ..families import detect
+from ..families.sources import Source, parts_of
+from ..families.weights import FileWeights, joined
 from .deltas import KOHYA
 from .lora_file import PLAIN, LoraFile, Module
 from .places import Place, trained_in
 from .stream import open_weights
 
 QUANTILE_VALUES = 2**24  # torch's quantile takes no more
+IN_BLOCK = re.compile(r"(blocks?|layers|_refiner)\.(\d+\.)?\w")  # of U-Nets and transformers
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,8 @@ def extract_lora(
     _check(settings)
     first, second = open_weights(original), open_weights(tuned)
     places = _common_places(first, second, settings, f"{original.name}, {tuned.name}")
-    text = {name: place for name, place in places.items() if name.startswith("lora_te")}
-    if not any(_difference(first, second, p).abs().max() > settings.min_diff for p in text.values()):
-        places = {name: place for name, place in places.items() if name not in text}
+    places = _without_same_texts(places, first, second, settings.min_diff)
+    places = {name: p for name, p in places.items() if _is_of_interest(name, p, first, second)}
     modules: dict[str, Module] = {}
     report: list[Extracted] = []
     for done, (name, place) in enumerate(places.items(), 1):
@@ -84,7 +87,32 @@ def extract_lora(
             why="the LoRA would change nothing.",
             fix="name the original model and a model that was trained from it",
         )
-    return LoraFile(modules, _metadata(original, tuned, settings, places), tuned.stem), report
+    return LoraFile(modules, _metadata(original, first, tuned, settings), tuned.stem), report
+
+
+def _without_same_texts(
+    places: dict[str, Place], first: FileWeights, second: FileWeights, min_diff: float
+) -> dict[str, Place]:
+    """Leave out the text encoders of which no weight differs by more than ``min_diff``."""
+    encoders: dict[str, list[Place]] = {}
+    for name, place in places.items():
+        if name.startswith("lora_te"):
+            encoders.setdefault(name.split("_")[1], []).append(place)
+    same = tuple(
+        f"lora_{encoder}_"
+        for encoder, own in encoders.items()
+        if not any(_difference(first, second, place).abs().max() > min_diff for place in own)
+    )
+    return {name: place for name, place in places.items() if not name.startswith(same)}
+
+
+def _is_of_interest(name: str, place: Place, first: FileWeights, second: FileWeights) -> bool:
+    """Say whether a module is one that LoRAs train, or another one of a transformer's that differs.
+
+    Those are the layers outside of its numbered blocks, which no LoRA of the reference trainer has.
+    """
+    outside = name.startswith("lora_unet_") and not IN_BLOCK.search(place.key)
+    return not outside or bool(_difference(first, second, place).any())
 
 
 def _module(name: str, difference: torch.Tensor, settings: ExtractSettings) -> Module:
@@ -133,7 +161,7 @@ def _common_places(
             "The two checkpoints are not of one architecture, or of none that is known.",
             where=f"{where}: {listed(wrong or ['no known module'], limit=3)}",
             why="weights that are not in both have no difference.",
-            fix="name two single-file checkpoints of SD1.x, SD2.x, SDXL, SD3 or Flux.1, both of the same",
+            fix="name two checkpoints of one model, or the files of its denoiser, both in .safetensors",
         )
     return places
 
@@ -156,18 +184,9 @@ def _check(settings: ExtractSettings) -> None:
         )
 
 
-def _metadata(
-    original: Path, tuned: Path, settings: ExtractSettings, places: dict[str, Place]
-) -> dict[str, str]:
-    flux = any("double_blocks" in name for name in places)
-    sd3 = any("joint_blocks" in name for name in places)
-    sdxl = not sd3 and any(name.startswith("lora_te2_") or "input_blocks" in name for name in places)
-    v2 = any(place.third is not None for place in places.values()) and not sdxl
-    sd = "sdxl_base_v1-0" if sdxl else "sd_v2" if v2 else "sd_v1"
-    version = "flux1" if flux else "sd3" if sd3 else sd
+def _metadata(original: Path, weights: FileWeights, tuned: Path, settings: ExtractSettings) -> dict[str, str]:
     metadata = {
-        "ss_v2": str(v2),
-        "ss_base_model_version": version,
+        **_of_base(original.name, weights),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(settings.rank),
         "ss_network_alpha": str(float(settings.rank)),
@@ -177,3 +196,13 @@ def _metadata(
         arguments = {"conv_dim": str(settings.conv_rank), "conv_alpha": str(float(settings.conv_rank))}
         metadata["ss_network_args"] = compact(arguments)
     return metadata
+
+
+def _of_base(name: str, weights: FileWeights) -> dict[str, str]:
+    """Return what a LoRA's metadata say of its base; nothing where the family is not known."""
+    try:
+        parts = parts_of(Source(name, weights))
+        family = detect(joined(list(parts.values())), where=name)
+    except LoraGraftError:
+        return {}
+    return {"ss_v2": "False", **family.metadata}

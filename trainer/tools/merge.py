@@ -17,10 +17,10 @@ import torch
 
 from ..adapters.files import compact
 from ..errors import LoraGraftError, listed
+from .architecture import architecture_of
 from .convert import to_common
 from .deltas import KOHYA, as_plain, finite, require_sums
 from .lora_file import PLAIN, LoraFile, Module, require_plain
-from .naming import architecture_of
 from .resize import one_or_dynamic, svd_of_product
 
 Part = tuple[Module, float]  # a LoRA's module and its ratio

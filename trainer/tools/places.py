@@ -8,24 +8,37 @@ from dataclasses import dataclass
 
 import torch
 
-from ..families.ldm_keys import TEXT_PREFIX, UNET_PREFIX, unet_to_diffusers
+from ..families.chroma import OLD_T5_PREFIX
+from ..families.flux_keys import module_name
+from ..families.ldm_keys import TEXT_PREFIX, unet_to_diffusers
+from ..families.sources import BARE, DENOISER_PREFIXES
 from .unflatten import flatten
 
 # OpenCLIP's text encoders (SD2.x; SDXL's second): their prefixes, and kohya's names of them.
 OPEN_CLIP = {
     "cond_stage_model.model.transformer.resblocks.": "lora_te_",
+    "conditioner.embedders.0.model.transformer.resblocks.": "lora_te_",
     "conditioner.embedders.1.model.transformer.resblocks.": "lora_te2_",
 }
-OPEN_CLIP_LAYERS = {"attn.out_proj": "self_attn_out_proj", "mlp.c_fc": "mlp_fc1", "mlp.c_proj": "mlp_fc2"}
-CLIP = {
-    TEXT_PREFIX: "lora_te_",
-    "conditioner.embedders.0.transformer.": "lora_te1_",
-    "text_encoders.clip_l.transformer.": "lora_te1_",
-    "text_encoders.clip_g.transformer.": "lora_te2_",
+OPEN_CLIP_LAYERS = {
+    "attn.out_proj": "self_attn_out_proj",
+    "mlp.c_fc": "mlp_fc1",
+    "mlp.c_proj": "mlp_fc2",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
 }
-T5_PREFIX, T5_NAME = "text_encoders.t5xxl.transformer.", "lora_te3_"
-# What tells a transformer whose LoRAs have the names of its tensors: SD3's and Flux's.
-TRANSFORMER_KEYS = ("joint_blocks.0.context_block.attn.qkv.weight", "double_blocks.0.img_attn.qkv.weight")
+# Text encoders with transformers' names: their prefixes, how what a LoRA can train begins, kohya's names.
+TEXTS = (
+    (TEXT_PREFIX, "text_model.", "lora_te_"),
+    ("conditioner.embedders.0.transformer.", "text_model.", "lora_te1_"),
+    ("text_encoders.clip_l.transformer.", "text_model.", "lora_te1_"),
+    ("text_encoders.clip_g.transformer.", "text_model.", "lora_te2_"),
+    ("text_encoders.clip_h.transformer.", "text_model.", "lora_te_"),
+    ("text_encoders.t5xxl.transformer.", "encoder.block.", "lora_te3_"),
+    (OLD_T5_PREFIX, "encoder.block.", "lora_te3_"),
+)
+# Language models, which are a base's only text encoder: what follows are their layers.
+LLM = re.compile(r"text_encoders\.\w+\.transformer\.model\.(layers\..+)\.weight")
 
 
 @dataclass(frozen=True)
@@ -43,46 +56,64 @@ class Place:
 def places_in(keys: Iterable[str]) -> dict[str, Place]:
     """Map kohya's module names to a checkpoint's weights; a U-Net's modules are there under both their names.
 
-    Returns {} for a checkpoint that is neither SD1.x, SD2.x, SDXL, SD3 nor Flux.
+    A transformer's are named after its tensors, whatever model it is. The denoiser may lie in a file of its
+    own; {} where none is known.
     """
-    keys = [k for k in keys if k.endswith((".weight", ".in_proj_weight"))]
+    keys = [k for k in keys if k.endswith((".weight", ".in_proj_weight")) or module_name(k) != k]
     found = dict(_text_places(keys))
-    unet = [k[len(UNET_PREFIX) :] for k in keys if k.startswith(UNET_PREFIX)]
-    if any(k.startswith("input_blocks.") for k in unet):
-        for new, old in unet_to_diffusers(unet).items():
-            place = Place(UNET_PREFIX + old)
+    prefix = denoiser_prefix(keys)
+    if prefix is None:
+        return found
+    inside = [k[len(prefix) :] for k in keys if k.startswith(prefix)]
+    if any(k.startswith("input_blocks.") for k in inside):
+        for new, old in unet_to_diffusers(inside).items():
             for path in (old, new):  # SDXL's LoRAs have LDM's names, SD1.x's and SD2.x's diffusers'
-                found["lora_unet_" + flatten(path.removesuffix(".weight"))] = place
-    elif any(key in unet for key in TRANSFORMER_KEYS):
-        found |= {f"lora_unet_{flatten(k.removesuffix('.weight'))}": Place(UNET_PREFIX + k) for k in unet}
-    elif any(key in keys for key in TRANSFORMER_KEYS):
-        found |= {f"lora_unet_{flatten(k.removesuffix('.weight'))}": Place(k) for k in keys}
+                found[_denoiser_name(path)] = Place(prefix + old)
+    else:
+        found |= {_denoiser_name(module_name(k)): Place(prefix + k) for k in inside}
     return found
+
+
+def denoiser_prefix(keys: Iterable[str]) -> str | None:
+    """Return what a denoiser's names begin with in a file; None where there is no denoiser."""
+    keys = list(keys)
+    for prefix in DENOISER_PREFIXES:
+        if any(k.startswith(prefix) for k in keys):
+            return prefix
+    return "" if any(k in BARE for k in keys) else None
 
 
 def trained_in(
     keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]], *, convolutions: bool
 ) -> dict[str, Place]:
-    """Return the modules that kohya's LoRA trains, each under its one name; ``convolutions`` adds LoCon's."""
+    """Return the modules that kohya's LoRA trains, each under its one name; ``convolutions`` adds LoCon's.
+
+    Of a transformer these are all layers.
+    """
     keys = list(keys)
-    both = places_in(keys)
-    sdxl = any(k.startswith("conditioner.embedders.1.") for k in keys)
-    ldm = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks|(joint|double|single)_blocks)_")
-    transformer = not any("input_blocks" in k for k in keys)
+    prefix = denoiser_prefix(keys) or ""
+    unet = any(k.startswith(f"{prefix}input_blocks.") for k in keys)
+    sdxl = f"{prefix}label_emb.0.0.weight" in keys
+    ldm = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks)_")
     wanted: dict[str, Place] = {}
-    for name, place in both.items():
-        shape = shapes[place.key]
-        if len(shape) not in (2, 4) or "token_embedding" in name or "position_embedding" in name:
+    for name, place in places_in(keys).items():
+        if len(shapes[place.key]) not in (2, 4) or "embedding" in name:
             continue
         if name.startswith("lora_te"):
-            inside = "_self_attn_" in name or "_mlp_" in name
-        elif bool(ldm.match(name)) != (sdxl or transformer):
-            continue
+            inside = re.search(r"_(self_attn|mlp|SelfAttention|DenseReluDense)_", name) is not None
+            inside = inside and not name.endswith("relative_attention_bias")
+        elif unet:
+            layer = _is_attention(place.key) or (convolutions and _is_block(place.key))
+            inside = layer and (ldm.match(name) is not None) == sdxl
         else:
-            inside = transformer or _is_attention(place.key) or (convolutions and _is_block(place.key))
+            inside = True
         if inside:
             wanted[name] = place
     return wanted
+
+
+def _denoiser_name(key: str) -> str:
+    return "lora_unet_" + flatten(key.removesuffix(".weight"))
 
 
 def _is_attention(key: str) -> bool:
@@ -97,11 +128,11 @@ def _is_block(key: str) -> bool:
 
 def _text_places(keys: list[str]) -> Iterator[tuple[str, Place]]:
     for key in keys:
-        for prefix, name in CLIP.items():
-            if key.startswith(prefix + "text_model."):
+        for prefix, inside, name in TEXTS:
+            if key.startswith(prefix + inside):
                 yield name + flatten(key[len(prefix) :].removesuffix(".weight")), Place(key)
-        if key.startswith(f"{T5_PREFIX}encoder.block."):
-            yield T5_NAME + flatten(key[len(T5_PREFIX) :].removesuffix(".weight")), Place(key)
+        if match := LLM.fullmatch(key):
+            yield f"lora_te_{flatten(match[1])}", Place(key)
         for prefix, name in OPEN_CLIP.items():
             if key.startswith(prefix):
                 number, _, layer = key[len(prefix) :].partition(".")

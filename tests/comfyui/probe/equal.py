@@ -16,6 +16,8 @@ import comfy.utils
 import folder_paths
 import torch
 
+from . import pipelines
+
 # To which ComfyUI fills captions up.
 T5_LENGTHS = {
     "sd3": 77,
@@ -86,27 +88,60 @@ class ProbeEqual:
             ours = self.ours(base, parts, text, negative, cfg, noise, sigmas)
         tensors = comfy.utils.load_torch_file(str(file), safe_load=True)
         model, clip = comfy.sd.load_lora_for_models(model, clip, tensors, 1.0, 1.0)
-        if base.family.name == "chroma":  # it learnt with one place of padding, which the nodes leave out
-            clip = clip.clone()
-            clip.set_tokenizer_option("t5xxl_min_padding", 1)
+        conditions = [encoded(clip, words) for words in (text, negative)]
+        if base.family.name == "chroma":  # it learnt with one place of padding, which ComfyUI does not add
+            conditions = [self.own_condition(base, parts, words) for words in (text, negative)]
+        flat = noise
+        if model.model.latent_format.latent_dimensions == 3:  # a video of one picture
+            noise = noise.unsqueeze(2)
         latents = comfy.sample.sample_custom(
             model,
             noise,
             cfg,
             comfy.samplers.sampler_object("euler"),
             sigmas,
-            encoded(clip, text),
-            encoded(clip, negative),
+            *conditions,
             torch.zeros_like(noise),
         )
-        theirs = vae.decode(latents)
+        theirs = vae.decode(latents).reshape(ours.shape)
         report = {
             "family": base.family.name,
             "apart": float((ours - theirs).abs().max()),
             "lora_moves": float((ours - plain).abs().max()),
             "deviation": float(theirs.std()),
         }
+        if base.family.name in pipelines.PIPES:
+            with pack("nodes.host").training_mode(), torch.no_grad():
+                fresh = self.in_float(base.load())
+                own = self.for_diffusers(base, file)
+                drawn = pipelines.draw(base, fresh, own, text, negative, cfg, flat, sigmas, pack)
+            report["diffusers_apart"] = float((drawn - theirs).abs().max())
         return {"ui": {"text": [json.dumps(report)]}}
+
+    @staticmethod
+    def in_float(parts: Any) -> Any:
+        for module in (parts.denoiser, parts.vae, parts.text_encoders):
+            module.float()
+        return parts
+
+    @staticmethod
+    def for_diffusers(base: Any, file: Path) -> Path:
+        """Return the file under names that diffusers' loader of this family reads."""
+        if not base.family.name.startswith("sd3"):
+            return file
+        output = file.with_name(f"{file.stem}_diffusers.safetensors")
+        api = pack("trainer.api")
+        api.convert_lora(file, api.Output(output, overwrite=True), "diffusers")
+        return output
+
+    @staticmethod
+    def own_condition(base: Any, parts: Any, text: str) -> Any:
+        """Return the trainer's conditioning as ComfyUI's, without the places that are hidden."""
+        reading = pack("trainer.families.base").Reading()
+        with torch.inference_mode(False), torch.no_grad():
+            tokens = base.family.tokenize(parts, [text], reading)
+            states, mask = base.family.encode_text(parts, tokens, reading)
+        return [[states[:, : int(mask.sum())], {}]]
 
     @staticmethod
     def merge(base: Any, parts: Any, file: Path) -> None:
@@ -143,8 +178,7 @@ class ProbeEqual:
         """Draw as the command line draws; return pixels (1, H, W, 3) in [0, 1]."""
         drawing = pack("trainer.families.drawing")
         reading = pack("trainer.families.base").Reading(t5_length=T5_LENGTHS.get(base.family.name))
-        for module in (parts.denoiser, parts.vae, parts.text_encoders):
-            module.float()
+        self.in_float(parts)
         guided = self.guided(base, negative, cfg)
         denoise = drawing.denoiser(base.family, parts, [text], (64, 96), guided, reading)
         x = drawing.objective_of(base.family, guided).start(noise, sigmas[0])

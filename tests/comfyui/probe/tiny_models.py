@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import comfy.ldm.models.autoencoder as autoencoder
+import comfy.ldm.wan.vae as causal_autoencoder
 import comfy.model_base
 import comfy.model_management as management
 import comfy.model_patcher
@@ -90,6 +91,7 @@ class Tiny:
     latent_channels: int = 4
     quant_conv: bool = True
     batch_norm: bool = False  # of latents, 2x2 of which are one
+    causal: bool = False  # Wan's autoencoder, as Qwen-Image has it
     model_type: Any = None
     biases: float = 0.05  # their spread, by which SD2.x's prediction is told
     extra: tuple[str, ...] = ()  # tensors of the file that only say something
@@ -271,6 +273,9 @@ def clip_of(tiny: Tiny, weights: Sequence[dict[str, torch.Tensor]] = ()) -> Any:
 
 
 def autoencoder_of(tiny: Tiny) -> Any:
+    if tiny.causal:
+        numbers = {"dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]}
+        return causal_autoencoder.WanVAE(dim=8, z_dim=tiny.latent_channels, **numbers)
     parts = {
         "double_z": True,
         "z_channels": tiny.latent_channels,
@@ -295,6 +300,8 @@ def autoencoder_of(tiny: Tiny) -> Any:
 
 
 def vae_of(tiny: Tiny, weights: dict[str, torch.Tensor]) -> Any:
+    if tiny.causal:
+        return comfy.sd.VAE(sd=weights)
     with mock.patch.object(comfy.sd, "AutoencoderKL", lambda: autoencoder_of(tiny)):
         vae = comfy.sd.VAE(sd=weights, config={"params": {}})
     folded = 2 if tiny.batch_norm else 1
@@ -311,6 +318,8 @@ def drawn(name: str, shape: torch.Size, seed: int, biases: float) -> torch.Tenso
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
     values = torch.randn(shape, generator=generator)
+    if name.endswith(".gamma"):
+        return 1 + 0.1 * values
     if len(shape) > 1 and not name.endswith(("embedding.weight", "shared.weight", "pos_embed")):
         return values / max(1, int(shape[1:].numel())) ** 0.5
     if len(shape) == 1 and name.endswith((".weight", ".scale", ".running_var")):

@@ -41,9 +41,14 @@ CHROMA = {
     "in_channels": 64,
     "out_channels": 64,
     "in_dim": 64,
-    "out_dim": 256,
+    "out_dim": 128,
     "hidden_dim": 128,
     "n_layers": 2,
+    # ComfyUI counts the modulations of all blocks of the full depth, whatever it is
+    "hidden_size": 128,
+    "num_heads": 1,
+    "depth": 19,
+    "depth_single_blocks": 38,
     "vec_in_dim": None,
 }
 KLEIN = {
@@ -84,6 +89,23 @@ Z_IMAGE = {
     "time_scale": 1000.0,
     "pad_tokens_multiple": 32,
 }
+QWEN_IMAGE = {
+    "image_model": "qwen_image",
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "joint_attention_dim": WIDTH,
+}
+FAMILIES["qwen_image"] = Tiny(
+    supported.QwenImage,
+    QWEN_IMAGE,
+    qwen_text.QwenImageTokenizer,
+    blind_qwen,
+    {"qwen25_7b": qwen_config(2)},
+    latent_channels=16,
+    causal=True,
+)
 FAMILIES["chroma"] = Tiny(
     supported.Chroma,
     CHROMA,
