@@ -12,6 +12,7 @@ const BESIDE = [
   ...["network_train_text_encoder_only", "optimizer_type", "optimizer_args", "scale_lr"],
 ];
 const HEIGHT = 110;
+const HEIGHTS = { LoraGraftBlocks: 190 }; // two rows of bars
 const WAIT = 400; // ms between two looks at the widgets; typing draws once
 
 /** Nodes that draw: what a picture is made of. */
@@ -38,19 +39,28 @@ function curve(svg, answer, width, height) {
   add(svg, "text", { class: "tick", x: width - 2, y: height - 4, "text-anchor": "end" }, String(answer.steps));
 }
 
+/** Rows of bars, one for each kind of base model, of one scale. */
 function bars(svg, answer, width, height) {
-  const peak = Math.max(...answer.bars.map(([, weight]) => weight), 1);
-  const each = width / Math.max(1, answer.bars.length);
-  answer.bars.forEach(([name, weight], i) => {
-    const high = ((height - 22) * weight) / peak;
-    const bar = add(svg, "rect", { class: "bar", x: i * each + 1, y: height - 16 - high, width: Math.max(1, each - 2), height: high });
-    add(bar, "title", {}, `${name}: ${short(weight)}`);
-    if (weight === 0) add(svg, "text", { class: "tick", x: (i + 0.5) * each, y: height - 20, "text-anchor": "middle" }, "\u00d7");
+  const rows = Object.entries(answer.bars);
+  const peak = Math.max(...rows.flatMap(([, row]) => row.map(([, weight]) => weight)), 1);
+  rows.forEach(([title, row], number) => {
+    const group = add(svg, "g", { transform: `translate(0 ${(number * height) / rows.length})` });
+    barRow(group, `${title}: ${short(peak)}`, row, peak, width, height / rows.length);
   });
-  add(svg, "text", { class: "tick", x: 2, y: 12 }, short(peak));
-  for (const i of [0, Math.floor(answer.bars.length / 2), answer.bars.length - 1]) {
-    const end = i === 0 ? "start" : i === answer.bars.length - 1 ? "end" : "middle";
-    add(svg, "text", { class: "tick", x: end === "start" ? 1 : end === "end" ? width - 1 : (i + 0.5) * each, y: height - 4, "text-anchor": end }, answer.bars[i]?.[0] ?? "");
+}
+
+function barRow(group, title, row, peak, width, height) {
+  const each = width / Math.max(1, row.length);
+  row.forEach(([name, weight], i) => {
+    const high = ((height - 30) * weight) / peak;
+    const bar = add(group, "rect", { class: "bar", x: i * each + 1, y: height - 16 - high, width: Math.max(1, each - 2), height: high });
+    add(bar, "title", {}, `${name}: ${short(weight)}`);
+    if (weight === 0) add(group, "text", { class: "tick", x: (i + 0.5) * each, y: height - 20, "text-anchor": "middle" }, "\u00d7");
+  });
+  add(group, "text", { class: "tick", x: 2, y: 11 }, title);
+  for (const i of [0, Math.floor(row.length / 2), row.length - 1]) {
+    const end = i === 0 ? "start" : i === row.length - 1 ? "end" : "middle";
+    add(group, "text", { class: "tick", x: end === "start" ? 1 : end === "end" ? width - 1 : (i + 0.5) * each, y: height - 4, "text-anchor": end }, row[i]?.[0] ?? "");
   }
 }
 
@@ -94,7 +104,7 @@ export function addAhead(node, api) {
   const widget = node.addDOMWidget("loragraft_ahead", "loragraft_ahead", host, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => HEIGHT + 20,
+    getMinHeight: () => (HEIGHTS[node.comfyClass] ?? HEIGHT) + 20,
   });
   widget.serialize = false;
   let asked = "";

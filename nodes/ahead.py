@@ -21,14 +21,16 @@ POINTS = 400
 # What a curve depends on and no Schedule node has.
 RATES = ("learning_rate", "unet_lr", "text_encoder_lr", "network_train_unet_only")
 BESIDE = (*RATES, "network_train_text_encoder_only", "optimizer_type", "optimizer_args", "scale_lr")
+# Which base model is linked is not known before it runs, so blocks are drawn for each kind that has any.
+WITH_BLOCKS = {"SD1.x, SD2.x": "sd15", "SDXL": "sdxl"}
 UNREADABLE = {"error": "This question cannot be read."}
 
 
 def answer(question: str) -> dict[str, Any]:
     """Answer a question in JSON; {"error"} in words where it cannot be.
 
-    {"node", "values", "beside", "steps"} is about a settings node: {"curve", "steps"} or {"bars"}; "beside"
-    holds what else a curve depends on, from Train LoRA and the nodes linked to it. {"presets": [names]} gives
+    {"node", "values", "beside", "steps"} is about a settings node: {"curve", "steps"} or {"bars"} by
+    base model; "beside" holds what else a curve depends on, from Train LoRA and the nodes linked to it. {"presets": [names]} gives
     {"parts"} and, for the named ones, what to fill in where: see `_presets`.
     """
     try:
@@ -69,8 +71,11 @@ def _curve(config: api.TrainConfig, steps: int) -> dict[str, Any]:
 
 
 def _bars(config: api.TrainConfig, steps: int) -> dict[str, Any]:
-    bars = api.block_bars(config, api.FAMILIES["sd15"].blocks)
-    return {"bars": [(name, rate / config.learning_rate) for name, rate in bars]}
+    def of(family: str) -> list[tuple[str, float]]:
+        bars = api.block_bars(config, api.FAMILIES[family].blocks)
+        return [(name, rate / config.learning_rate) for name, rate in bars]
+
+    return {"bars": {title: of(family) for title, family in WITH_BLOCKS.items()}}
 
 
 PICTURES: Mapping[str, Callable[[api.TrainConfig, int], dict[str, Any]]] = {

@@ -120,7 +120,7 @@ def test_the_curve_has_the_rates_and_the_optimizer_of_the_other_nodes() -> None:
     assert max(ask("LoraGraftSchedule", {}, **one, optimizer_type="Prodigy")["curve"]) == 1.0
     own = {"optimizer_type": "Adafactor"}
     assert max(ask("LoraGraftSchedule", {"lr_scheduler": "adafactor"}, **own)["curve"]) == 1e-2
-    assert ask("LoraGraftBlocks", {}, **plain | {"learning_rate": 0.0})["bars"][0][1] == 1
+    assert ask("LoraGraftBlocks", {}, **plain | {"learning_rate": 0.0})["bars"]["SDXL"][0][1] == 1
 
 
 def test_a_nested_widget_counts() -> None:
@@ -133,8 +133,10 @@ def test_a_nested_widget_counts() -> None:
 
 
 def test_blocks_are_drawn_as_bars() -> None:
-    bars = ask("LoraGraftBlocks", {"down_lr_weight": "linear", "mid_lr_weight": "0.5"})["bars"]
+    found = ask("LoraGraftBlocks", {"down_lr_weight": "linear", "mid_lr_weight": "0.5"})["bars"]
+    bars, sdxl = found["SD1.x, SD2.x"], found["SDXL"]
     assert len(bars) == 25 and bars[0][1] == 0 and bars[12][1] == 0.5 and bars[24][1] == 1
+    assert len(sdxl) == 23 and sdxl[0][1] == 1 and sdxl[1][1] == 0 and sdxl[10][1] == 0.5 and sdxl[22][1] == 1
 
 
 def test_a_contradiction_is_told_in_words() -> None:

@@ -223,7 +223,9 @@ def test_weights_are_shared_and_survive_the_way_there_and_back(base: api.Base) -
 
 def test_the_names_that_comfyui_holds_are_read_too(base: api.Base) -> None:
     held = {
-        k.replace(".scale", ".weight").replace("cond_stage_model.", "text_encoders."): v
+        k.replace(".scale", ".weight")
+        .replace("cond_stage_model.", "text_encoders.")
+        .replace("first_stage_model.", "vae."): v
         for k, v in tiny_dits.chroma_weights().items()
     }
     opened = api.open_base_from_weights(held, name="x", tokenizers=base.tokenizer_folders)

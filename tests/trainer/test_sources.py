@@ -280,7 +280,7 @@ def test_a_gguf_denoiser_with_plain_files_beside_it(
     base = api.open_base(
         tmp_path / "unet.gguf", vae=checkpoint, text_encoders=[checkpoint], tokenizer=tokenizer
     )
-    assert base.notes == ("denoiser: 108 Q8_0 weights stay packed until they are used; 1 are plain",)
+    assert base.notes == ("denoiser: 121 Q8_0 weights stay packed until they are used",)
     plain = api.open_base(checkpoint, tokenizer=tokenizer)
     assert base.part_hash("vae") == plain.part_hash("vae") != base.part_hash("denoiser")
     events = runs.Training(base, train_set, places).events(max_train_steps=1)
@@ -492,12 +492,13 @@ def test_the_command_line_takes_files_by_kohyas_names_too(
         made.append(load_file(out / "loras" / "x.safetensors"))
     assert all(torch.equal(v, made[0][k]) for other in made[1:] for k, v in other.items())
     capsys.readouterr()
-    for flags in (
-        ["--pretrained_model_name_or_path", "demo", "--vae", str(vae)],
-        [*ways["config"], "--config", str(two_vaes(tmp_path, vae))],
+    for flags, named in (
+        (["--pretrained_model_name_or_path", "demo", "--vae", str(vae)], "embedded"),
+        ([*ways["config"], "--config", str(two_vaes(tmp_path, vae))], "two VAEs"),
     ):
         assert cli.main([*common, *flags, "--output_dir", str(tmp_path / "no")]) == 1
-        assert "LG-BASE-012" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "LG-BASE-012" in said and named in said
 
 
 def two_vaes(folder: Path, vae: Path) -> Path:

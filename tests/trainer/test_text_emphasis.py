@@ -68,13 +68,24 @@ def test_captions_without_emphasis_are_tokenized_as_ever(base: api.Base) -> None
 
 @pytest.mark.parametrize("count", [0, 3, 74, 75, 76, 149, 150, 151])
 def test_chunks_are_cut_as_the_library_pads_and_truncates(count: int) -> None:
-    """Also where end and padding are two tokens: the last chunk ends as the whole caption does."""
-    tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     ids, length = list(range(10, 10 + count)), 150
     whole = [1, *ids[:length], 2]
-    whole += [0] * (length + 2 - len(whole))
+    whole += [2] * (length + 2 - len(whole))
     expected = [[1, *whole[i : i + 75], whole[-1]] for i in (1, 76)]
     assert in_chunks(tokenizer, ids, length).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(0, (0, 0)), (3, (3, 0)), (74, (74, 0)), (75, (75, 0)), (76, (75, 1)), (150, (75, 75))],
+)
+def test_chunks_with_openclips_padding_have_an_end_each(count: int, words: tuple[int, int]) -> None:
+    """As the reference cuts them where end and padding are two tokens."""
+    tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    ids = list(range(10, 10 + count))
+    expected = [[1, *ids[i * 75 : i * 75 + own], 2, *[0] * (75 - own)] for i, own in enumerate(words)]
+    assert in_chunks(tokenizer, ids, 150, 0).tolist() == expected
 
 
 def test_the_mean_is_kept_where_that_is_asked_for() -> None:

@@ -24,6 +24,7 @@ from .ldm_keys import UNET_PREFIX
 from .ldm_vae import join_vae, split_vae, vae_from_folder
 from .stream_blocks import DoubleBlock, SelfAttention, SingleBlock
 from .t5_text import check_t5_tokenizer, encode_t5, load_t5, t5_longest, t5_tokens, t5_weights
+from .vae_prefix import with_ldm_prefix
 from .weights import Renamed, joined
 
 TITLE = "Chroma"
@@ -93,7 +94,7 @@ class Chroma:
         text = {k.removeprefix(prefix): k for k in weights if prefix and k.startswith(prefix)}
         return {
             DENOISER: split_denoiser(weights),
-            "vae": split_vae(weights),
+            "vae": split_vae(with_ldm_prefix(weights)),
             T5: t5_weights(Renamed(weights, text)),
         }
 

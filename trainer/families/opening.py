@@ -290,8 +290,10 @@ def _checked(state_dicts: Mapping[str, Tensors], where: Mapping[str, str]) -> tu
         kinds: Counter[str] = Counter()
         wrong: dict[str, str] = {}
         for name, weight in weights.items():
-            if weight.dtype not in TRAINABLE or type(weight) not in KNOWN_CLASSES:
+            if weight.dtype not in TRAINABLE:
                 wrong[name] = str(weight.dtype).removeprefix("torch.")
+            elif type(weight) not in KNOWN_CLASSES:
+                wrong[name] = f"packed as {type(weight).__name__}"
             elif weight.ndim > 1:
                 kinds[weight.packed.storage if isinstance(weight, PackedTensor) else PLAIN] += 1
         if wrong:
@@ -299,14 +301,15 @@ def _checked(state_dicts: Mapping[str, Tensors], where: Mapping[str, str]) -> tu
         plain = kinds.pop(PLAIN, 0)
         if kinds:
             counts = listed(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-            lines.append(f"{part}: {counts} weights stay packed until they are used; {plain} are plain")
+            rest = f"; {plain} are plain" if plain else ""
+            lines.append(f"{part}: {counts} weights stay packed until they are used{rest}")
     return tuple(lines)
 
 
 def _untrainable(wrong: Mapping[str, str], where: str) -> LoraGraftError:
     return LoraGraftError(
         "LG-BASE-005",
-        f"The base model's weights are quantised ({listed(sorted(set(wrong.values())))}, packed tensors).",
+        f"The base model's weights are quantised ({listed(sorted(set(wrong.values())))}).",
         where=f"{where}: {listed(wrong, limit=2)}",
         why="nothing tells how these numbers are read.",
         fix="load the fp8, fp16, bf16 or fp32 version of the model, or a GGUF file",

@@ -25,7 +25,7 @@ from .places import Place, trained_in
 from .stream import open_weights
 
 QUANTILE_VALUES = 2**24  # torch's quantile takes no more
-IN_BLOCK = re.compile(r"(blocks?|layers|_refiner)\.(\d+\.)?\w")  # of U-Nets and transformers
+IN_BLOCK = re.compile(r"(^|model\.)(\w*blocks?|layers|\w+_refiner)\.\d")  # of U-Nets and transformers
 
 
 @dataclass(frozen=True)

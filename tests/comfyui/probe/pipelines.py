@@ -37,10 +37,12 @@ def draw(
     return images.movedim(1, -1).float()
 
 
-def padded_with_zero(tokenizer: Any) -> Any:
-    """Return a CLIP tokenizer that fills up as OpenCLIP's does, with the token 0."""
+def clip_words(tokenizer: Any, *, open_clip: bool = False) -> Any:
+    """Return CLIP's tokenizer as diffusers' folders have it; OpenCLIP's fills up with the token 0."""
     own = copy.deepcopy(tokenizer)
-    own.pad_token = own.convert_ids_to_tokens(0)
+    own.model_max_length = 77
+    if open_clip:
+        own.pad_token = own.convert_ids_to_tokens(0)
     return own
 
 
@@ -57,7 +59,7 @@ def sd2(base: Any, parts: Any, noise: torch.Tensor, pack: Any) -> tuple[Any, dic
     pipe = StableDiffusionPipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,
-        tokenizer=padded_with_zero(parts.tokenizer),
+        tokenizer=clip_words(parts.tokenizer, open_clip=True),
         unet=parts.denoiser,
         scheduler=euler(base),
         safety_checker=None,
@@ -74,8 +76,8 @@ def sdxl(base: Any, parts: Any, noise: torch.Tensor, pack: Any) -> tuple[Any, di
         vae=parts.vae,
         text_encoder=parts.text_encoder,
         text_encoder_2=parts.text_encoders["text_encoder_2"],
-        tokenizer=parts.tokenizer,
-        tokenizer_2=padded_with_zero(parts.tokenizers["text_encoder_2"]),
+        tokenizer=clip_words(parts.tokenizer),
+        tokenizer_2=clip_words(parts.tokenizers["text_encoder_2"], open_clip=True),
         unet=parts.denoiser,
         scheduler=euler(base),
         add_watermarker=False,
@@ -103,7 +105,7 @@ def flux(base: Any, parts: Any, noise: torch.Tensor, pack: Any) -> tuple[Any, di
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=parts.vae,
         text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
+        tokenizer=clip_words(parts.tokenizer),
         text_encoder_2=parts.text_encoders["text_encoder_2"],
         tokenizer_2=parts.tokenizers["text_encoder_2"],
         transformer=own,
@@ -136,18 +138,21 @@ def sd35(base: Any, parts: Any, noise: torch.Tensor, pack: Any) -> tuple[Any, di
     )
     filled(own, base.state_dicts["denoiser"], pack("trainer.families.sd3_keys").from_diffusers)
     # Of CLIP-L SD3 takes the pooled state as it is; diffusers' folder says so by the identity.
-    plain = parts.text_encoder
-    clip = CLIPTextModelWithProjection(plain.config)
-    eye = {"text_projection.weight": torch.eye(plain.config.hidden_size)}
-    clip.load_state_dict({**plain.state_dict(), **eye}, strict=True)
+    config = copy.deepcopy(parts.text_encoder.config)
+    config.projection_dim = config.hidden_size
+    clip = CLIPTextModelWithProjection(config)
+    clip.text_model.load_state_dict(
+        pack("trainer.families.clip_text").text_body(parts.text_encoder).state_dict()
+    )
+    clip.text_projection.load_state_dict({"weight": torch.eye(config.hidden_size)})
     pipe = StableDiffusion3Pipeline(
         transformer=own,
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=parts.vae,
         text_encoder=clip.eval(),
-        tokenizer=parts.tokenizer,
+        tokenizer=clip_words(parts.tokenizer),
         text_encoder_2=parts.text_encoders["text_encoder_2"],
-        tokenizer_2=padded_with_zero(parts.tokenizers["text_encoder_2"]),
+        tokenizer_2=clip_words(parts.tokenizers["text_encoder_2"], open_clip=True),
         text_encoder_3=parts.text_encoders["text_encoder_3"],
         tokenizer_3=parts.tokenizers["text_encoder_3"],
     )
