@@ -29,9 +29,9 @@ UNREADABLE = {"error": "This question cannot be read."}
 def answer(question: str) -> dict[str, Any]:
     """Answer a question in JSON; {"error"} in words where it cannot be.
 
-    {"node", "values", "beside", "steps"} is about a settings node: {"curve", "steps"} or {"bars"} by
-    base model; "beside" holds what else a curve depends on, from Train LoRA and the nodes linked to it. {"presets": [names]} gives
-    {"parts"} and, for the named ones, what to fill in where: see `_presets`.
+    {"node", "values", "beside", "steps"} is about a settings node: {"curve", "steps"}, or {"bars"} by base
+    model; "beside" holds what else a curve depends on, from Train LoRA and the nodes linked to it.
+    {"presets": [names]} gives {"parts"} and, for the named ones, what to fill in where: see `_presets`.
     """
     try:
         if len(question) > MAX_QUESTION:

@@ -208,6 +208,16 @@ def test_samples_are_drawn(training: runs.Training) -> None:
     assert len(set(sampled[0].image.getdata())) > 10, "noise in, no noise out"
 
 
+def test_ranks_of_blocks_are_as_many_as_there_are(training: runs.Training) -> None:
+    count = {"sd15": 25, "sd2": 25, "sdxl": 23}.get(training.base.family.name, 0)
+    for other in {23, 25} - {count}:
+        with Refusal("LG-CFG-004", "block_dims"):
+            training.events(block_dims=",".join(["2"] * other), **SHORT)
+    if count:
+        planned = runs.only(training.events(block_dims=",".join(["2"] * count), **SHORT), api.Planned)
+        assert planned.num_modules > 0
+
+
 def test_blocks_of_other_architectures_are_refused(training: runs.Training) -> None:
     if training.base.family.name in UNETS:
         pytest.skip("a U-Net has them")

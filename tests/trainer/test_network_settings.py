@@ -83,7 +83,7 @@ BAD_VALUES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"algo": "lorq"}, ("algo", "'lora'")),
     ({"preset": "attn"}, ("preset", "attn-")),
     ({"block_dims": "4,4,4"}, ("block_dims", "25 whole numbers", "there are 3")),
-    ({"block_dims": TWENTY_FIVE + ",4"}, ("block_dims", "there are 26")),
+    ({"block_dims": TWENTY_FIVE + ",4"}, ("block_dims", "for SDXL 23", "there are 26")),
     ({"block_dims": TWENTY_FIVE[:-1] + "x"}, ("block_dims", "25 whole numbers")),
     ({"block_dims": TWENTY_FIVE[:-1] + "2.5"}, ("block_dims", "25 whole numbers")),
     ({"block_dims": TWENTY_FIVE[:-1] + "nan"}, ("block_dims", "25 whole numbers")),

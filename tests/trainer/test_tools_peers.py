@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from loragraft.trainer import api
 from loragraft.trainer.families import (
     chroma_keys,
     flux2_keys,
@@ -26,6 +26,7 @@ from loragraft.trainer.families import (
 from loragraft.trainer.tools import lora_file, places
 from loragraft.trainer.tools.convert import convert_naming
 from loragraft.trainer.tools.deltas import delta
+from loragraft.trainer.tools.unflatten import unflatten
 from loragraft_tests.comfyui.harness import cannot_run, python
 from loragraft_tests.conftest import comfyui_path
 from loragraft_tests.trainer import tiny_dits, tiny_families, tiny_flux, tiny_qwen, tiny_sd3
@@ -44,6 +45,8 @@ TRANSFORMERS: dict[str, tuple[Callable[[], nn.Module], FromFolder]] = {
     "z_image": (tiny_qwen.random_z_image, z_image.transformer_from_diffusers),
     "lumina2": (tiny_dits.random_lumina, lumina2_keys.lumina2_from_diffusers),
 }
+TEXT = re.compile(r"lora_te(\d?)_(.+)")
+KINDS = {"2": "clip_g", "3": "t5xxl"}
 QUICK_DIFFUSERS, QUICK_COMFYUI = ("flux", "lumina2"), ("flux",)
 
 
@@ -73,9 +76,7 @@ def test_diffusers_transformers_take_what_is_converted(name: str, tmp_path: Path
         for k, v in before.items()
     }
     ours_before, ours_after = brought(before), brought(after)
-    paths = {
-        t.key: t.path for t in base.family.targets(base.load(), convolutions=True, preset="everything")
-    }
+    paths = {t.key: t.path for t in base.family.targets(base.load(), convolutions=True, preset="everything")}
     moved = 0
     for key, module in lora.modules.items():
         if key.startswith("lora_unet_"):
@@ -162,19 +163,15 @@ def test_comfyui_changes_its_weights_as_we_do(name: str, tmp_path: Path) -> None
     model_class, texts = COMFYUI[name]
     single = base.family.join(base.state_dicts)
     weights = {
-        k.removeprefix("model."): v.float()
-        for k, v in single.items()
-        if k.startswith(ldm_keys.UNET_PREFIX)
+        k.removeprefix("model."): v.float() for k, v in single.items() if k.startswith(ldm_keys.UNET_PREFIX)
     }
-    named = {k: k for k in weights}  # ours -> the file's
     for part, kind in texts.items():
         for key, tensor in base.state_dicts[part].items():
             weights[f"text_encoders.{kind}.transformer.{key}"] = tensor.float()
     files = ["kohya", "comfyui", *(["diffusers"] if name in READS_DIFFUSERS else [])]
     for naming in files:
-        save_file(
-            {k: v.contiguous() for k, v in convert_naming(lora, naming).tensors().items()}, tmp_path / naming
-        )
+        converted = convert_naming(lora, naming).tensors()
+        save_file({k: v.contiguous().clone() for k, v in converted.items()}, tmp_path / naming)
     save_file({k: v.contiguous().clone() for k, v in weights.items()}, tmp_path / "weights.safetensors")
     (tmp_path / "job.json").write_text(json.dumps({"class": model_class, "files": files}), encoding="utf-8")
     done = subprocess.run(
@@ -183,27 +180,15 @@ def test_comfyui_changes_its_weights_as_we_do(name: str, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-3000:]
     unmatched = json.loads((tmp_path / "unmatched.json").read_text(encoding="utf-8"))
     assert unmatched == {naming: [] for naming in files}
-    found = places.places_in([*single, *(k for k in weights if k.startswith("text_encoders."))])
-    if "lora_te_" in "".join(lora.modules) and name == "sd15":
-        found |= {
-            n.replace("lora_te1_", "lora_te_"): p for n, p in found.items() if n.startswith("lora_te1_")
-        }
+    found = places.places_in(single)
     for naming in files:
         changed = load_file(tmp_path / f"{naming}.changed.safetensors")
         wanted = {}
         for key, module in lora.modules.items():
-            place = found[key].key.removeprefix("model.")
-            if place not in named and not place.startswith("text_encoders."):
-                kind = texts["text_encoder"] if not key.startswith("lora_te2") else texts["text_encoder_2"]
-                path = key.partition("_text_model_")[2]
-                place = next(k for k in weights if f".{kind}." in k and k.endswith(f"{dotted(path)}.weight"))
+            text = TEXT.fullmatch(key)
+            place = f"text_encoders.{KINDS.get(text[1], texts['text_encoder'])}.transformer." if text else ""
+            place += f"{unflatten(text[2])}.weight" if text else found[key].key.removeprefix("model.")
             wanted[place] = weights[place] + delta(module).reshape(weights[place].shape)
         assert changed.keys() == wanted.keys(), naming
         for key, tensor in wanted.items():
             torch.testing.assert_close(changed[key], tensor, rtol=1e-4, atol=1e-5)
-
-
-def dotted(path: str) -> str:
-    from loragraft.trainer.tools.unflatten import unflatten
-
-    return unflatten(path)

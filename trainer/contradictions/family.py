@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
+from ..block_weights import Blocks
 from ..config import ENCODER_RATES, TrainConfig
 from ..errors import one_line
 from ..objective import Flow, Objective
@@ -31,6 +32,7 @@ OF_FLOW: Mapping[str, str] = {
     "model_prediction_type": "it is about a flow's velocity; v_parameterization says what it predicts",
     "guidance_scale": "only distilled flow models are told a guidance",
 }
+OF_BLOCKS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
 OF_SENTENCES = ("t5xxl_max_token_length", "apply_t5_attn_mask")
 THRESHOLDS = ("huber", "smooth_l1")
 
@@ -46,6 +48,8 @@ class Trained(Protocol):
     def encoders(self) -> Mapping[str, str]: ...
     @property
     def trains_text(self) -> bool: ...
+    @property
+    def blocks(self) -> Blocks | None: ...
     @property
     def ignored(self) -> Mapping[str, str]: ...
     @property
@@ -69,6 +73,7 @@ def check(
             why = "it is about T5 and its like, and this base model reads captions with CLIP alone"
             _refuse_given(config, name, why, family, where)
     _check_rates(config, family, parts, where)
+    _check_blocks(config, family, where)
     if is_flow:
         _check_flow(config, family, where)
 
@@ -100,6 +105,20 @@ def _check_rates(config: TrainConfig, family: Trained, parts: Collection[str] | 
     if not family.trains_text and config.network_train_text_encoder_only:
         why = "its text encoders are not trained here, so nothing would be"
         _refuse_given(config, "network_train_text_encoder_only", why, family, where)
+
+
+def _check_blocks(config: TrainConfig, family: Trained, where: str) -> None:
+    """Refuse ranks or alphas of blocks that are not as many as the base model has."""
+    count = 0 if family.blocks is None else len(family.blocks.names)
+    for name in OF_BLOCKS:
+        text = getattr(config, name)
+        if text and len(text.split(",")) != count:
+            raise contradiction(
+                f"{name} has {len(text.split(','))} values, but '{family.name}' has {count} blocks.",
+                where,
+                why="which block a value is for would not be known.",
+                fix=f"give {count} values" if count else f"clear {name}; network_reg_dims sets ranks by pattern",
+            )
 
 
 def _check_flow(config: TrainConfig, family: Trained, where: str) -> None:

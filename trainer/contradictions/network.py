@@ -11,7 +11,8 @@ from .refusals import bad_value, contradiction
 
 RANKED = ("lora", "locon", "loha", "lokr", "dylora", "glora")  # scaled by alpha / rank
 PLAIN = ("lora", "locon")
-MOST_BLOCKS = 25  # of SD1: 12 down, 1 middle, 12 up
+# How many blocks U-Nets have: SD1.x and SD2.x 12 down, 1 middle, 12 up; SDXL 9, 3, 9 and those around.
+BLOCK_COUNTS = (25, 23)
 
 # Settings that only some networks have: which, and what the others lack.
 ONLY_FOR: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -197,10 +198,11 @@ def _check_list(config: TrainConfig, name: str, where: str, is_good: Callable[[f
         values = [float(item) for item in text.split(",")]
     except ValueError:
         values = []
-    if len(values) != MOST_BLOCKS or not all(is_good(value) for value in values):
+    if len(values) not in BLOCK_COUNTS or not all(is_good(value) for value in values):
         kind = "alphas" if name.endswith("alphas") else "whole numbers of 0 to 1024"
-        given = f" (there are {len(values)})" if values and len(values) != MOST_BLOCKS else ""
-        raise bad_value(name, text, f"{MOST_BLOCKS} {kind}, separated by commas{given}", where)
+        given = f" (there are {len(values)})" if values and len(values) not in BLOCK_COUNTS else ""
+        most, fewer = BLOCK_COUNTS
+        raise bad_value(name, text, f"{most} {kind}, for SDXL {fewer}, separated by commas{given}", where)
 
 
 def _is_given(config: TrainConfig, name: str) -> bool:

@@ -140,7 +140,8 @@ class NetworkSettings:
     )
     block_dims: str = setting(
         "",
-        "Ranks of the denoiser's 25 blocks, as 2,4,4,...: 12 down, 1 middle, 12 up; 0 leaves a block out.",
+        "Ranks of the denoiser's 25 blocks (SDXL: 23), as 2,4,4,...: 12 down, 1 middle, 12 up; 0 leaves a "
+        "block out.",
         advanced=True,
     )
     block_alphas: str = setting("", "Alphas of the 25 blocks; empty takes network_alpha.", advanced=True)

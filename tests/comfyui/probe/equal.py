@@ -127,7 +127,7 @@ class ProbeEqual:
     @staticmethod
     def for_diffusers(base: Any, file: Path) -> Path:
         """Return the file under names that diffusers' loader of this family reads."""
-        if not base.family.name.startswith("sd3"):
+        if base.family.name in ("sd2", "sdxl"):
             return file
         output = file.with_name(f"{file.stem}_diffusers.safetensors")
         api = pack("trainer.api")

@@ -47,10 +47,15 @@ def clip_words(tokenizer: Any, *, open_clip: bool = False) -> Any:
 
 
 def euler(base: Any) -> Any:
+    """Return Euler's scheduler, whose timesteps are whole: those of a sigma's table."""
     from diffusers import EulerDiscreteScheduler
 
+    class OnTable(EulerDiscreteScheduler):
+        def _sigma_to_t(self, sigma: Any, log_sigmas: Any) -> Any:
+            return super()._sigma_to_t(sigma, log_sigmas).round()
+
     kind = "v_prediction" if base.velocity else "epsilon"
-    return EulerDiscreteScheduler(**BETAS, prediction_type=kind, timestep_spacing="leading")
+    return OnTable(**BETAS, prediction_type=kind, timestep_spacing="leading", steps_offset=1)
 
 
 def sd2(base: Any, parts: Any, noise: torch.Tensor, pack: Any) -> tuple[Any, dict[str, Any]]:
