@@ -19,7 +19,9 @@ REFUSED = 3  # exit status of a child whose trainer refused the settings
 class Work:
     """One training job; ``text_encoder`` says whether the text encoder is trained beside the U-Net.
 
-    ``settings`` are the variant's own: of our TrainConfig, or of a peer that has variants.
+    ``checkpoint`` is the denoiser's file where ``files`` name those of the other parts, ``tokenizer``
+    CLIP's and ``tokenizers`` the others by kind. ``settings`` are the variant's own: of our TrainConfig, or
+    of a peer that has variants.
     """
 
     checkpoint: str
@@ -37,6 +39,9 @@ class Work:
     alpha: float = 16.0
     learning_rate: float = 1e-4
     seed: int = 42
+    architecture: str = "sd15"
+    files: dict[str, str] = field(default_factory=dict)
+    tokenizers: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> Path:
         """Write the job for a child process."""
@@ -52,6 +57,20 @@ class Work:
 def pack() -> ModuleType:
     """Import this repository as the package ``loragraft``, whatever its folder is called."""
     return load_by_path("loragraft", ROOT / "__init__.py")
+
+
+def open_base(work: Work) -> Any:
+    """Open the job's base with our trainer."""
+    pack()
+    from loragraft.trainer import api
+
+    texts = [file for role, file in work.files.items() if role != "vae"]
+    return api.open_base(
+        work.checkpoint,
+        tokenizer=[work.tokenizer, *work.tokenizers.values()],
+        vae=work.files.get("vae"),
+        text_encoders=texts,
+    )
 
 
 def load_by_path(name: str, file: Path) -> ModuleType:

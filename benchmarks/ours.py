@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .common import REFUSED, Work, pack, say_facts, say_gpu_peak, say_step, say_versions
+from .architectures import ARCHITECTURES
+from .common import REFUSED, Work, open_base, pack, say_facts, say_gpu_peak, say_step, say_versions
 
 
 def main() -> None:
@@ -16,7 +17,7 @@ def main() -> None:
 
     say_versions("torch", "diffusers", "transformers")
     try:
-        base = api.open_base(work.checkpoint, tokenizer=work.tokenizer)
+        base = open_base(work)
         data, config = settings(work)
         train_set = api.build_train_set(api.scan_folder(work.images), data)
         out = Path(work.out)
@@ -55,6 +56,7 @@ def settings(work: Work):  # type: ignore[no-untyped-def]
             "mixed_precision": work.precision,
             "seed": work.seed,
             "preview_image": False,
+            **ARCHITECTURES[work.architecture].settings,
             **work.settings,
         }
     )

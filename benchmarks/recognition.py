@@ -59,7 +59,7 @@ NO_BAR: Mapping[str, dict[str, Any]] = {
     "norms": {"train_norm": True, "network_dim": 1, "network_alpha": 1.0},
 }
 WHOLE = {"algo": "full", "preset": "everything", "save_as": "checkpoint", "network_train_unet_only": True}
-# All of the U-Net, saved as a model; DreamBooth beside images of another creature, at their own loss weight.
+# All of the U-Net, saved as a model; DreamBooth beside images that the base drew, at their own loss weight.
 WHOLES: Mapping[str, dict[str, Any]] = {
     "fine-tune": {**WHOLE, "learning_rate": 1e-3, "text_encoder_lr": None},
     "fine-tune with EMA": {**WHOLE, "learning_rate": 1e-3, "text_encoder_lr": None, "ema_decay": 0.99},
@@ -71,17 +71,29 @@ WHOLES: Mapping[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 2,
     },
 }
-CLASS_BATCH = 4
+CLASS_BATCH, CLASS_IMAGES, CLASS_SEED = 4, 16, 11
 ROWS: Mapping[str, dict[str, Any]] = {**NETWORKS, **OPTIMIZERS, **WHOLES, **NO_BAR}
 
 
-def class_images(folder: Path) -> Any:
-    """Draw another creature; its pictures are the class that is to stay as it is."""
-    from loragraft.trainer import api
-    from loragraft.trainer.demo.creatures import OTHER_SEEDS
-    from loragraft.trainer.demo.make_dataset import write_dataset
+def class_images(base: Any, folder: Path) -> Any:
+    """Let the base draw what it knows, with captions: the class that is to stay as it is.
 
-    return api.scan_folder(write_dataset(folder, OTHER_SEEDS[0]).parent, is_reg=True)
+    A creature of another name would not do: a text encoder that is not trained reads both names alike.
+    """
+    import numpy as np
+
+    from loragraft.trainer import api
+    from loragraft.trainer.demo.draw import random_scene, tag_caption
+
+    rng = np.random.default_rng(CLASS_SEED)
+    captions = [tag_caption(random_scene(rng)) for _ in range(CLASS_IMAGES)]
+    drawing = api.SampleSettings(size=(64, 64), cfg=4.0, mixed_precision="fp32")
+    inside = folder / "1_class"
+    inside.mkdir(parents=True, exist_ok=True)
+    for number, drawn in enumerate(api.draw_images(base, captions, [CLASS_SEED], drawing, device="cpu")):
+        drawn.image.save(inside / f"{number:02}.png")
+        (inside / f"{number:02}.txt").write_text(captions[number], encoding="utf-8")
+    return api.scan_folder(folder, is_reg=True)
 
 
 def train(name: str, changes: Mapping[str, Any], out: Path) -> dict[str, Any]:
@@ -96,7 +108,7 @@ def train(name: str, changes: Mapping[str, Any], out: Path) -> dict[str, Any]:
     data, config = api.make_both({**settings, **changes, "output_name": f"demo_{name}"}, where=name)
     blocks = [api.Block(api.scan_folder(api.demo_dataset()), data)]
     if name == "DreamBooth":
-        blocks.append(api.Block(class_images(out / "class"), data, CLASS_BATCH, keeps_pace=True))
+        blocks.append(api.Block(class_images(base, out / "class"), data, CLASS_BATCH, keeps_pace=True))
     train_set = api.freeze_blocks(blocks)
     places = api.Places(out / name / "runs", out / name, out / "cache")
     began, first, end, engine = time.perf_counter(), None, None, ""

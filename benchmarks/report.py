@@ -6,7 +6,7 @@ import math
 from statistics import mean, median
 from typing import Any
 
-from .cases import LOSSY, NEEDED_PEERS
+from .cases import LOSSY, NEEDED_ALWAYS, NEEDED_PEERS
 from .process import Run
 
 PLAIN_LOOP = "peft loop"  # it is fed our draws, so its losses must be ours
@@ -54,7 +54,7 @@ def _same_size(trained: str, run: Run, other: Run, why: str) -> str:
 
 def mean_loss(run: Run) -> float:
     """Return the mean of a run's losses; kohya's bar shows the mean so far, so its last one is that."""
-    return run.losses[-1] if run.trainer == "kohya" else mean(run.losses)
+    return run.losses[-1] if run.trainer.startswith("kohya") else mean(run.losses)
 
 
 def table(runs: list[Run], ceiling: dict[str, float] | None = None) -> list[dict[str, Any]]:
@@ -98,10 +98,11 @@ def share_of_ceiling(flops: float, seconds: float, rate: float) -> float:
     return flops / seconds / rate
 
 
-def missing_peers(rows: list[dict[str, Any]], device: str) -> list[str]:
+def missing_peers(rows: list[dict[str, Any]], device: str, architecture: str = "sd15") -> list[str]:
     """Name the peers that a table needs and lacks; without them it does not count."""
     there = {row["trainer"] for row in rows}
-    return [name for name in NEEDED_PEERS[device] if name not in there]
+    needed = NEEDED_PEERS[device] if architecture == "sd15" else NEEDED_ALWAYS
+    return [name for name in needed if name not in there]
 
 
 def lines_of(rows: list[dict[str, Any]]) -> list[str]:

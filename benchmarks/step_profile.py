@@ -124,7 +124,7 @@ def child(job: str, warmup: int, timed: int) -> dict[str, Any]:
     original = together_module.open_runs
     together_module.open_runs = open_runs
     opened_module.micro_losses = clock.around("forward", opened_module.micro_losses)
-    base = api.open_base(work.checkpoint, tokenizer=work.tokenizer)
+    base = open_base(work)
     data, config = settings(work)
     train_set = api.build_train_set(api.scan_folder(work.images), data)
     out = Path(work.out)

@@ -47,6 +47,7 @@ class HostFamily:
     """The family of one MODEL with its CLIP and VAE."""
 
     blocks = None
+    velocity_metadata: Mapping[str, str] = {}
     encoders: Mapping[str, str] = {}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {}

@@ -62,6 +62,18 @@ NOT_IN_HASH = (
 )
 
 
+# Settings of runs and of datasets that the reference trainer's files tell under the same names.
+OF_RUNS = (
+    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "gradient_accumulation_steps", "max_grad_norm"),
+    *("gradient_checkpointing", "seed", "clip_skip", "max_token_length", "cache_latents", "min_snr_gamma"),
+    *("scale_weight_norms", "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale"),
+    *("multires_noise_iterations", "multires_noise_discount", "ip_noise_gamma", "zero_terminal_snr"),
+    *("ip_noise_gamma_random_strength", "loss_type", "huber_schedule", "huber_scale", "huber_c"),
+)
+OF_DATA = (
+    *("enable_bucket", "bucket_no_upscale", "min_bucket_reso", "max_bucket_reso", "shuffle_caption"),
+    *("keep_tokens", "caption_dropout_rate", "caption_tag_dropout_rate"),
+)
 # Settings of a flow that the reference trainer's files tell, and its name of T5's mask.
 OF_FLOW = (
     *("timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "weighting_scheme", "logit_mean"),
@@ -110,24 +122,13 @@ def build(
     optimizer: str,
 ) -> dict[str, str]:
     """Return the metadata of the LoRA at ``step``, all but what depends on its tensors."""
-    data = train_set.config
-    width, height = resolution_wh(data)
-    title = config.metadata_title or config.output_name
     values: dict[str, object] = {
-        "ss_output_name": config.output_name,
-        "ss_network_module": network_module(config),
-        "ss_network_dim": config.network_dim,
-        "ss_network_alpha": config.network_alpha or float(config.network_dim),
-        "ss_network_dropout": config.network_dropout or None,
-        "ss_scale_weight_norms": config.scale_weight_norms,
-        "ss_learning_rate": config.learning_rate,
-        "ss_unet_lr": denoiser_lr(config),
-        "ss_text_encoder_lr": encoder_lr(config),
+        **{f"ss_{name}": getattr(config, name) for name in OF_RUNS},
+        **{f"ss_{name}": getattr(train_set.config, name) for name in OF_DATA},
+        **_network_values(config),
+        **_data_values(train_set),
+        **_title_values(train_set, config),
         "ss_optimizer": optimizer,
-        "ss_lr_scheduler": config.lr_scheduler,
-        "ss_lr_warmup_steps": config.lr_warmup_steps,
-        "ss_num_train_images": training_samples(train_set),
-        "ss_num_reg_images": sum(r.is_reg for r in train_set.records),
         "ss_num_batches_per_epoch": batches_per_epoch,
         "ss_num_epochs": num_epochs,
         "ss_max_train_steps": total_steps,
@@ -135,31 +136,9 @@ def build(
         "ss_steps": step,
         "ss_batch_size_per_device": config.train_batch_size,
         "ss_total_batch_size": config.train_batch_size * config.gradient_accumulation_steps,
-        "ss_gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "ss_gradient_checkpointing": config.gradient_checkpointing,
-        "ss_max_grad_norm": config.max_grad_norm,
         "ss_mixed_precision": {"fp32": "no"}.get(precision, precision),
-        "ss_seed": config.seed,
-        "ss_clip_skip": config.clip_skip,
-        "ss_max_token_length": config.max_token_length,
-        "ss_min_snr_gamma": config.min_snr_gamma,
-        "ss_cache_latents": config.cache_latents,
+        "ss_debiased_estimation": config.debiased_estimation_loss,
         "ss_v2": False,
-        "ss_resolution": f"({width}, {height})",
-        "ss_enable_bucket": data.enable_bucket,
-        "ss_bucket_no_upscale": data.bucket_no_upscale,
-        "ss_min_bucket_reso": data.min_bucket_reso,
-        "ss_max_bucket_reso": data.max_bucket_reso,
-        "ss_shuffle_caption": data.shuffle_caption,
-        "ss_keep_tokens": data.keep_tokens,
-        "ss_caption_dropout_rate": data.caption_dropout_rate,
-        "ss_caption_tag_dropout_rate": data.caption_tag_dropout_rate,
-        "ss_training_comment": config.training_comment or None,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": title,
-        "modelspec.trigger_phrase": trigger_words(train_set, config),
-        "modelspec.resolution": f"{width}x{height}",
-        "modelspec.encoder_layer": config.clip_skip,
         "loragraft_run": run,
         "loragraft_base": base.weights_hash,
     }
@@ -172,15 +151,55 @@ def build(
     if config.v_parameterization:
         texts |= {PREDICTION: VELOCITY, "ss_v_parameterization": "True"}
         texts[TERMINAL] = str(config.zero_terminal_snr)
-        texts |= getattr(base.family, "velocity_metadata", {})  # of a family that calls such models otherwise
-    trained = [r for r in train_set.records if not r.is_reg]
-    texts["ss_tag_frequency"] = compact(_tag_frequency(trained, data))
-    texts["ss_dataset_dirs"] = compact(_dataset_dirs(trained))
-    if reg := [r for r in train_set.records if r.is_reg]:
-        texts["ss_reg_dataset_dirs"] = compact(_dataset_dirs(reg))
-    texts["ss_bucket_info"] = compact(_bucket_info(train_set))
-    texts["loragraft_settings"] = compact({"train": _told(config), "dataset": as_dict(data)})
+        texts |= base.family.velocity_metadata
+    texts |= _told_of_images(train_set)
+    texts["loragraft_settings"] = compact({"train": _told(config), "dataset": as_dict(train_set.config)})
     return texts
+
+
+def _network_values(config: TrainConfig) -> dict[str, object]:
+    return {
+        "ss_network_module": network_module(config),
+        "ss_network_dim": config.network_dim,
+        "ss_network_alpha": config.network_alpha or float(config.network_dim),
+        "ss_network_dropout": config.network_dropout or None,
+        "ss_unet_lr": denoiser_lr(config),
+        "ss_text_encoder_lr": encoder_lr(config),
+    }
+
+
+def _data_values(train_set: TrainSet) -> dict[str, object]:
+    width, height = resolution_wh(train_set.config)
+    return {
+        "ss_num_train_images": training_samples(train_set),
+        "ss_num_reg_images": sum(r.is_reg for r in train_set.records),
+        "ss_resolution": f"({width}, {height})",
+        "modelspec.resolution": f"{width}x{height}",
+    }
+
+
+def _title_values(train_set: TrainSet, config: TrainConfig) -> dict[str, object]:
+    return {
+        "ss_output_name": config.output_name,
+        "ss_training_comment": config.training_comment or None,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": config.metadata_title or config.output_name,
+        "modelspec.trigger_phrase": trigger_words(train_set, config),
+        "modelspec.encoder_layer": config.clip_skip,
+    }
+
+
+def _told_of_images(train_set: TrainSet) -> dict[str, str]:
+    """Return the tags, folders and buckets, as JSON texts."""
+    trained = [r for r in train_set.records if not r.is_reg]
+    told: dict[str, object] = {
+        "ss_tag_frequency": _tag_frequency(trained, train_set.config),
+        "ss_dataset_dirs": _dataset_dirs(trained),
+        "ss_bucket_info": _bucket_info(train_set),
+    }
+    if reg := [r for r in train_set.records if r.is_reg]:
+        told["ss_reg_dataset_dirs"] = _dataset_dirs(reg)
+    return {name: compact(value) for name, value in told.items()}
 
 
 def with_hashes(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

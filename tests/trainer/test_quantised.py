@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from loragraft.trainer import api
+from loragraft.trainer.engine import file_formats
 from loragraft.trainer.engine.file_formats import FILE_FORMATS, fp8_values
 from loragraft.trainer.engine.frozen import FROZEN, FrozenEmbedding, FrozenLinear, freeze
 from loragraft.trainer.engine.ggml import BLOCK_TYPES
@@ -195,6 +196,21 @@ def test_an_embedding_unpacks_the_rows_asked_for(kind: str, monkeypatch: pytest.
     monkeypatch.setattr(Packed, "unpack", counted)
     torch.nn.functional.embedding(torch.tensor([[3, 39], [3, 0]]), weight)
     assert unpacked_rows == [4]
+
+
+@pytest.mark.parametrize("kind", [k for k in FILE_FORMATS if k not in BLOCK_TYPES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_of_rows_change_no_value(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = packed_of(kind, rows=7)
+    whole = unpacked(weight)
+    for slice_ in (3 * weight.shape[1], 1):
+        monkeypatch.setattr(file_formats, "SLICE", slice_)
+        found = weight.packed.unpack(dtype)
+        if dtype == torch.float32:
+            assert torch.equal(found, whole)
+        torch.testing.assert_close(found.float(), whole, rtol=2**-7, atol=0)
 
 
 def test_different_formats_are_stacked_by_their_values() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from loragraft.trainer import __main__ as cli
@@ -478,12 +479,18 @@ def test_the_command_line_takes_files_by_kohyas_names_too(
         "--min_bucket_reso", "16", "--max_bucket_reso", "64", "--bucket_reso_steps", "8", "--device", "cpu",
         "--max_train_steps", "1", "--preview_image", "false", "--output_name", "x", "--network_dim", "2",
     ]  # fmt: skip
+    kohyas = tmp_path / "kohya.toml"
+    named = {"pretrained_model_name_or_path": unet, "ae": vae, "clip_l": text, "train_data_dir": images}
+    lines = [f"{key} = {json.dumps(str(path))}" for key, path in named.items()]
+    more = ['network_module = "networks.lora"', 'resolution = "32"', "network_dim = 2", "max_train_steps = 1"]
+    kohyas.write_text("\n".join([*lines, *more]))
     config = tmp_path / "config.toml"
     config.write_text(f"ae = {json.dumps(str(vae))}\n[files]\ntext_encoder = {json.dumps([str(text)])}\n")
     ways = {
         "checkpoint": ["--pretrained_model_name_or_path", str(checkpoint)],
         "flags": ["--pretrained_model_name_or_path", str(unet), "--vae", str(vae), "--clip_l", str(text)],
         "config": ["--pretrained_model_name_or_path", str(unet), "--config", str(config)],
+        "kohya": ["--config_file", str(kohyas), "--learning_rate", "1e-4", "--seed", "42"],
     }
     made = []
     for name, flags in ways.items():
@@ -499,6 +506,22 @@ def test_the_command_line_takes_files_by_kohyas_names_too(
         assert cli.main([*common, *flags, "--output_dir", str(tmp_path / "no")]) == 1
         said = capsys.readouterr().err
         assert "LG-BASE-012" in said and named in said
+
+
+def test_pictures_of_a_denoisers_file_tell_the_vae(
+    checkpoint: Path, tokenizer: Path, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    unet = write(tmp_path / "unet.safetensors", below(weights, ldm_keys.UNET_PREFIX))
+    vae = write(tmp_path / "own_vae.safetensors", below(weights, ldm_keys.VAE_PREFIX))
+    flags = [
+        "sample", "--pretrained_model_name_or_path", str(unet), "--vae", str(vae), "--text_encoder",
+        str(checkpoint), "--tokenizer", str(tokenizer), "--prompts", "a", "--steps", "2", "--width", "32",
+        "--height", "32", "--device", "cpu", "--output", str(tmp_path / "out"),
+    ]  # fmt: skip
+    assert cli.main(flags) == 0
+    (picture,) = (tmp_path / "out").glob("seed*.png")
+    with Image.open(picture) as image:
+        assert "VAE: own_vae" in image.info["parameters"] and "Model: unet" in image.info["parameters"]
 
 
 def two_vaes(folder: Path, vae: Path) -> Path:

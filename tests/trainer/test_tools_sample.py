@@ -25,7 +25,7 @@ from loragraft_tests.trainer.data_folders import Refusal
 from loragraft_tests.trainer.test_tools_lora import tiny_lora
 
 TABLE = NoiseSchedule().sigmas
-SMALL = api.SampleSettings(size=(32, 32), steps=4, cfg=4.0)
+SMALL = api.SampleSettings(size=(32, 32), steps=4, cfg=4.0, sampler="euler", schedule="normal")
 
 
 def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -340,3 +340,4 @@ def test_the_command(checkpoint: Path, tokenizer: Path, tmp_path: Path) -> None:
     with Image.open(tmp_path / "out" / "seed2_00002.png") as image:
         text = image.info["parameters"]
     assert text.startswith("a y\nNegative prompt: bad\nSteps: 2, Sampler: dpmpp_2m, Schedule type: karras")
+    assert parser().parse_args([*command[:7], "--prompts", "a"]).steps is None

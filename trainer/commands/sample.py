@@ -38,12 +38,16 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--embeddings", nargs="+", type=Path, default=[], help="textual inversions, used by name"
     )
-    command.add_argument("--sampler", default="dpmpp_2m", choices=sorted(api.SAMPLERS))
-    command.add_argument("--schedule", default="karras", choices=sorted(api.SCHEDULES))
-    command.add_argument("--width", type=int, default=512)
-    command.add_argument("--height", type=int, default=512)
-    command.add_argument("--steps", type=int, default=20)
-    command.add_argument("--cfg", type=float, help="guidance; without it, what is usual for the base")
+    usual = "without it, what is usual for the base"
+    command.add_argument("--sampler", choices=sorted(api.SAMPLERS), help=usual)
+    command.add_argument("--schedule", choices=["own", *sorted(api.SCHEDULES)], help=usual)
+    command.add_argument("--width", type=int, help=usual)
+    command.add_argument("--height", type=int, help="without it, the width's, or what is usual for the base")
+    command.add_argument("--steps", type=int, help=usual)
+    command.add_argument("--cfg", type=float, help=f"guidance away from the negative prompt; {usual}")
+    command.add_argument(
+        "--guidance", type=float, help=f"distilled guidance of models that are told it (Flux.1 dev); {usual}"
+    )
     command.add_argument("--clip_skip", type=int, default=1)
     command.add_argument(
         "--v_parameterization", action="store_true", help="the base predicts v and not noise"
@@ -56,9 +60,10 @@ def sample(arguments: argparse.Namespace) -> int:
     """Draw the images into numbered files and a grid; returns 0."""
     base = open_base(arguments.pretrained_model_name_or_path, arguments)
     settings = api.SampleSettings(
-        size=(arguments.height, arguments.width),
+        size=_size(arguments.height, arguments.width),
         steps=arguments.steps,
         cfg=arguments.cfg,
+        guidance=arguments.guidance,
         sampler=arguments.sampler,
         schedule=arguments.schedule,
         negative=arguments.negative,
@@ -85,13 +90,17 @@ def sample(arguments: argparse.Namespace) -> int:
         if number % len(arguments.seeds) == 0:
             rows.append([])
         rows[-1].append(drawing.image)
-    title = f"{arguments.sampler} {arguments.schedule}, {arguments.steps} steps"
-    title += "" if arguments.cfg is None else f", cfg {arguments.cfg:g}"
-    sheet = api.grid(rows, prompts, [f"seed {seed}" for seed in arguments.seeds], title=title)
+    sheet = api.grid(rows, prompts, [f"seed {seed}" for seed in arguments.seeds], title=drawing.drawn_with)
     grid = _free(arguments.output, "grid")
     sheet.save(grid)
     print(f"Images        {arguments.output}\nGrid          {grid}")
     return 0
+
+
+def _size(height: int | None, width: int | None) -> tuple[int, int] | None:
+    """Return height and width; one alone is that of a square, and None where neither is given."""
+    one = height or width
+    return None if one is None else (height or one, width or one)
 
 
 def file_and_strength(text: str) -> tuple[Path, float]:

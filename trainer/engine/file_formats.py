@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from .ggml import BLOCK_TYPES, unpack_blocks
+from .ggml import BLOCK_TYPES, SLICE, unpack_blocks
 
 Tensors = dict[str, torch.Tensor]
 Unpack = Callable[[Tensors, torch.Size, torch.dtype], torch.Tensor]
@@ -91,12 +91,29 @@ def _blocks(name: str) -> Unpack:
     return unpack
 
 
+def _sliced(unpack: Unpack) -> Unpack:
+    """Unpack some rows at a time: what is computed in float32 on the way is small."""
+
+    def by_rows(packed: Tensors, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        step = max(1, SLICE // max(1, shape[1:].numel()))
+        if shape[0] <= step:
+            return unpack(packed, shape, dtype)
+        out = torch.empty(shape, dtype=dtype, device=packed["codes"].device)
+        for start in range(0, shape[0], step):
+            rows = out[start : start + step]
+            part = {name: tensor[start : start + step] for name, tensor in packed.items()}
+            rows.copy_(unpack(part, rows.shape, dtype))
+        return out
+
+    return by_rows
+
+
 FILE_FORMATS: dict[str, Unpack] = {
     "float8_e4m3fn": _fp8(torch.float8_e4m3fn),
     "float8_e5m2": _fp8(torch.float8_e5m2),
-    "int8_tensorwise": _int8,
-    **{f"int8_convrot_{group}": _int8_rotated(group) for group in ROTATIONS},
-    "mxfp8": _mxfp8,
-    "nvfp4": _nvfp4,
+    "int8_tensorwise": _sliced(_int8),
+    **{f"int8_convrot_{group}": _sliced(_int8_rotated(group)) for group in ROTATIONS},
+    "mxfp8": _sliced(_mxfp8),
+    "nvfp4": _sliced(_nvfp4),
     **{name: _blocks(name) for name in BLOCK_TYPES},
 }

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .packed_tensor import PackedTensor, moved
+from .packed_tensor import PackedTensor, held, moved
 from .storage import Packed, pack, refuse_lacking
 
 
@@ -164,7 +164,7 @@ class Frozen:
         sums[0], sums[1] = sums[0] + error, sums[1] + whole
         self._worst = max(self._worst, ((error / whole) ** 0.5 if whole else 0.0, path))
         self.num_packed += 1
-        self.bytes_before += weight.numel() * weight.element_size()
+        self.bytes_before += sum(t.nbytes for t in held(weight))
         self.bytes_after += packed.num_bytes
 
     @property

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-SLICE = 2**24  # values brought to float32 at a time: a large matrix is never there twice
+SLICE = 2**22  # values brought to float32 at a time: a large matrix is never there twice
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ class Family(Protocol):
     A size in pixels is a multiple of ``latent_multiple``. ``encoders`` maps text encoders to the kind of
     tokenizer they need, ``optional`` are those a base may lack; ``folders`` maps parts to the folders in
     which diffusers keeps them. ``blocks`` are those of the denoiser that settings can weigh; None where it
-    has none of the kind. ``ignored`` are settings without a meaning here, and why; ``defaults`` what a
+    has none of the kind. ``metadata`` are a LoRA's, and ``velocity_metadata`` what else is said of one of a
+    base that predicts velocity. ``ignored`` are settings without a meaning here, and why; ``defaults`` what a
     setting's "auto" or empty value means here.
     """
 
@@ -58,6 +59,7 @@ class Family(Protocol):
     blocks: Blocks | None
     objective: Objective
     metadata: Mapping[str, str]
+    velocity_metadata: Mapping[str, str]
     encoders: Mapping[str, str]
     optional: tuple[str, ...]
     folders: Mapping[str, str]

@@ -49,6 +49,7 @@ class Chroma:
         "modelspec.architecture": "chroma/lora",
         "modelspec.implementation": "https://huggingface.co/lodestones/Chroma",
     }
+    velocity_metadata: Mapping[str, str] = {}
     encoders: Mapping[str, str] = {T5: "t5"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {DENOISER: "transformer", "vae": "vae", T5: "text_encoder"}

@@ -80,6 +80,7 @@ class Flux:
 
     latent_multiple = 8 * PATCH
     blocks: Blocks | None = None
+    velocity_metadata: Mapping[str, str] = {}
     encoders: Mapping[str, str] = {CLIP: "clip", T5: "t5"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {DENOISER: "transformer", "vae": "vae", CLIP: CLIP, T5: T5}

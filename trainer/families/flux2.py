@@ -61,6 +61,7 @@ class Flux2Klein:
         "modelspec.architecture": "flux-2-klein/lora",
         "modelspec.implementation": "https://github.com/black-forest-labs/flux2",
     }
+    velocity_metadata: Mapping[str, str] = {}
     encoders: Mapping[str, str] = {TEXT: "qwen"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {DENOISER: "transformer", "vae": "vae", TEXT: "text_encoder"}

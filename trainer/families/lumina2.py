@@ -56,6 +56,7 @@ class Lumina2:
         "modelspec.implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
         "modelspec.prediction_type": "epsilon",  # what the reference trainer writes, though it is a flow
     }
+    velocity_metadata: Mapping[str, str] = {}
     encoders: Mapping[str, str] = {TEXT: "gemma"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {DENOISER: "transformer", "vae": "vae", TEXT: "text_encoder"}

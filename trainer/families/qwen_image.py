@@ -74,6 +74,7 @@ class QwenImage:
         "modelspec.architecture": "Qwen-Image/lora",
         "modelspec.implementation": "https://github.com/QwenLM/Qwen-Image",
     }
+    velocity_metadata: Mapping[str, str] = {}
     encoders: Mapping[str, str] = {TEXT: "qwen"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {DENOISER: "transformer", "vae": "vae", TEXT: "text_encoder"}

@@ -52,6 +52,7 @@ class SD15:
         "modelspec.implementation": "diffusers",
         "modelspec.prediction_type": "epsilon",
     }
+    velocity_metadata: Mapping[str, str] = {}
     encoders: Mapping[str, str] = {"text_encoder": "clip"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {"denoiser": "unet", "vae": "vae", "text_encoder": "text_encoder"}

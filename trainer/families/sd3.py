@@ -88,6 +88,7 @@ class SD3:
     latent_multiple = PATCH
     blocks: Blocks | None = None
     objective: Objective = Flow(shift=SAMPLING_SHIFT)
+    velocity_metadata: Mapping[str, str] = {}
     encoders: Mapping[str, str] = {CLIP_L: "clip", CLIP_G: "clip", T5: "t5"}
     optional: tuple[str, ...] = (CLIP_L, CLIP_G, T5)
     folders: Mapping[str, str] = {DENOISER: "transformer", "vae": "vae", **{part: part for part in TEXTS}}

@@ -53,6 +53,7 @@ class SDXL:
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.prediction_type": "epsilon",
     }
+    velocity_metadata: Mapping[str, str] = {}
     encoders: Mapping[str, str] = {CLIP_L: "clip", CLIP_G: "clip"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {"denoiser": "unet", "vae": "vae", CLIP_L: CLIP_L, CLIP_G: CLIP_G}

@@ -71,6 +71,7 @@ class ZImage:
         "modelspec.architecture": "Z-Image/lora",
         "modelspec.implementation": "https://github.com/Tongyi-MAI/Z-Image",
     }
+    velocity_metadata: Mapping[str, str] = {}
     encoders: Mapping[str, str] = {TEXT: "qwen"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {DENOISER: "transformer", "vae": "vae", TEXT: "text_encoder"}

@@ -1,7 +1,8 @@
 """Draw images from a base model with LoRAs merged in, embeddings, emphasis and any sampler: `loragraft
 sample`.
 
-SD1.x's U-Net, eps- or v-prediction. A LoRA named in a prompt, <lora:name:0.8>, counts for that prompt alone.
+What is not set is what is usual for the base's family. A LoRA named in a prompt, <lora:name:0.8>, counts for
+that prompt alone.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from ..adapters.files import PREDICTION, TERMINAL, VELOCITY
 from ..engine.precision import pick_device, place, resolve
 from ..errors import LoraGraftError, listed, nearest
 from ..families.base import Family, Reading
-from ..families.drawing import Guided, denoiser, start_noise, to_images
+from ..families.drawing import Guided, denoiser, objective_of, start_noise, to_images
 from ..families.opening import Base
 from ..parts import Parts
 from .convert import to_common
 from .deltas import ON_WEIGHT, bias_change, delta, refusal
 from .embeddings import add_embeddings
 from .layout import read_vae
+from .look import Look, SampleSettings, check_look, look_of
 from .lora_file import LoraFile, read_lora
 from .samplers import SAMPLERS
-from .sigmas import SCHEDULES, sigmas_of
+from .sigmas import levels
 from .unflatten import flatten
 
 TAG = re.compile(r"<lora:([^:<>]+)(?::([^:<>]*))?>")
@@ -37,33 +39,17 @@ Loras = tuple[tuple[Path, float], ...]
 
 
 @dataclass(frozen=True)
-class SampleSettings:
-    """How to draw; ``size`` is (height, width) in pixels. ``cfg`` None is what is usual for the base.
-
-    ``velocity``: the base predicts v; some bases tell by themselves.
-    """
-
-    size: tuple[int, int] = (512, 512)
-    steps: int = 20
-    cfg: float | None = None
-    sampler: str = "euler"
-    schedule: str = "normal"
-    negative: str = ""
-    clip_skip: int = 1
-    velocity: bool = False
-    keep_mean: bool = True
-    mixed_precision: str = "auto"
-    batch: int = 4
-
-
-@dataclass(frozen=True)
 class Drawing:
-    """An image, its prompt without LoRA tags, its seed, and all that it was drawn with as one text."""
+    """An image, its prompt without LoRA tags, its seed, and all that it was drawn with as one text.
+
+    ``drawn_with`` is what all images of a call have in common, in a few words.
+    """
 
     image: Image.Image
     prompt: str
     seed: int
     parameters: str
+    drawn_with: str
 
 
 def draw_images(
@@ -82,7 +68,8 @@ def draw_images(
 
     LoRA tags in prompts are looked up in ``lora_folder``. Raises LG-TOOL-005, -010, -015, -016.
     """
-    _check(settings)
+    look = look_of(base.family, settings)
+    check_look(base.family, look, settings, has_embeddings=bool(embeddings))
     read = [read_tags(prompt, lora_folder) for prompt in prompts]
     parts, merged = None, None
     for prompt, own in read:
@@ -91,8 +78,9 @@ def draw_images(
             parts, merged = _ready(base, wanted, embeddings, vae, settings, device), wanted
         for start in range(0, len(seeds), settings.batch):
             batch = seeds[start : start + settings.batch]
-            for image, seed in zip(_draw(base, parts, prompt, batch, settings), batch, strict=True):
-                yield Drawing(image, prompt, seed, parameters(base, prompt, seed, settings, wanted, vae))
+            for image, seed in zip(_draw(base, parts, prompt, batch, look, settings), batch, strict=True):
+                told = parameters(base, prompt, seed, look, settings, wanted, vae)
+                yield Drawing(image, prompt, seed, told, str(look))
 
 
 def read_tags(prompt: str, folder: Path | None) -> tuple[str, Loras]:
@@ -123,17 +111,19 @@ def parameters(
     base: Base,
     prompt: str,
     seed: int,
+    look: Look,
     settings: SampleSettings,
     loras: Sequence[tuple[Path, float]],
     vae: Path | None,
 ) -> str:
     """Return what an image was drawn with, in the form that webui writes and others read."""
-    height, width = settings.size
+    height, width = look.size
     told: dict[str, object] = {
-        "Steps": settings.steps,
-        "Sampler": settings.sampler,
-        "Schedule type": settings.schedule,
-        "CFG scale": f"{_cfg(base, settings):g}",
+        "Steps": look.steps,
+        "Sampler": look.sampler,
+        "Schedule type": look.schedule,
+        "CFG scale": f"{look.cfg:g}",
+        **({} if look.guidance is None else {"Distilled CFG Scale": f"{look.guidance:g}"}),
         "Seed": seed,
         "Size": f"{width}x{height}",
         "Model": base.name,
@@ -193,7 +183,7 @@ def _layers(family: Family, parts: Parts) -> dict[str, Any]:
         *(numbered if len(encoders) > 1 else [("lora_te_", encoders[0])]),
     ):
         for path, module in root.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)):
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
                 text = prefix != "lora_unet_" and not path.startswith("text_model.")
                 found[prefix + flatten(f"text_model.{path}" if text else path)] = module
     trained = family.targets(parts, convolutions=True, preset="everything", norms=True)
@@ -213,7 +203,7 @@ def _ready(
         base = replace(base, state_dicts={**base.state_dicts, "vae": read_vae(vae)}, known_hash=None)
     files = [(read_lora(path), strength) for path, strength in loras]
     for file, _ in files:
-        _check_prediction(file, settings)
+        _check_prediction(file, base, settings)
     parts = base.load()
     add_embeddings(parts, embeddings)
     merge_into_modules(base.family, parts, files)
@@ -226,12 +216,12 @@ def _ready(
     return parts
 
 
-def _check_prediction(file: LoraFile, settings: SampleSettings) -> None:
+def _check_prediction(file: LoraFile, base: Base, settings: SampleSettings) -> None:
     """Refuse a LoRA whose metadata name another prediction or noise than is drawn with."""
     reason = None
-    if file.metadata.get(TERMINAL) == "True":
+    if file.metadata.get(TERMINAL) == "True" and not base.zero_terminal:
         reason, fix = "with zero_terminal_snr, and the noise here ends earlier", "use loragraft preview"
-    elif file.metadata.get(PREDICTION) == VELOCITY and not settings.velocity:
+    elif file.metadata.get(PREDICTION) == VELOCITY and not (settings.velocity or base.velocity):
         reason, fix = "for a base that predicts v", "add --v_parameterization"
     if reason:
         raise LoraGraftError(
@@ -245,47 +235,20 @@ def _check_prediction(file: LoraFile, settings: SampleSettings) -> None:
 
 @torch.no_grad()
 def _draw(
-    base: Base, parts: Parts, prompt: str, seeds: Sequence[int], settings: SampleSettings
+    base: Base, parts: Parts, prompt: str, seeds: Sequence[int], look: Look, settings: SampleSettings
 ) -> list[Image.Image]:
     family, device = base.family, next(parts.denoiser.parameters()).device
     velocity = settings.velocity or bool(base.velocity)
-    cfg, terminal = _cfg(base, settings), bool(base.zero_terminal)
-    guided = Guided(settings.negative, cfg, velocity=velocity, zero_terminal_snr=terminal)
+    guided = Guided(settings.negative, look.cfg, look.guidance, velocity, bool(base.zero_terminal))
     has_emphasis = "weighted_captions" not in family.ignored
     reading = Reading(clip_skip=settings.clip_skip, weighted=has_emphasis, keep_mean=settings.keep_mean)
-    denoise = denoiser(family, parts, [prompt] * len(seeds), settings.size, guided, reading)
-    table = family.objective.sigmas_for(family.objective.num_timesteps, settings.size)[:-1].flip(0)
-    sigmas = sigmas_of(settings.schedule, table, settings.steps).to(device)
-    shape = family.latent_shape(parts, *settings.size)
+    denoise = denoiser(family, parts, [prompt] * len(seeds), look.size, guided, reading)
+    objective = objective_of(family, guided)
+    sigmas = levels(look.schedule, objective, look.steps, look.size).to(device)
+    shape = family.latent_shape(parts, *look.size)
 
     def noise(*key: object) -> torch.Tensor:
         return start_noise(shape, seeds, *key).to(device)
 
-    begun = family.objective.start(noise(), sigmas[0])
-    return to_images(family, parts, SAMPLERS[settings.sampler](denoise, begun, sigmas, noise))
-
-
-def _cfg(base: Base, settings: SampleSettings) -> float:
-    return base.family.look.cfg if settings.cfg is None else settings.cfg
-
-
-def _check(settings: SampleSettings) -> None:
-    reason = None
-    if settings.sampler not in SAMPLERS:
-        reason = f"the sampler {settings.sampler[:30]!r} is none of {', '.join(SAMPLERS)}."
-    elif settings.schedule not in SCHEDULES:
-        reason = f"the schedule {settings.schedule[:30]!r} is none of {', '.join(SCHEDULES)}."
-    elif not 1 <= settings.steps <= 1000:
-        reason = "steps are 1 to 1000."
-    elif any(side % 8 or not 8 <= side <= 4096 for side in settings.size):
-        reason = "width and height are multiples of 8, at most 4096."
-    elif settings.cfg is not None and not 0 <= settings.cfg <= 100:
-        reason = "cfg is 0 to 100."
-    if reason:
-        raise LoraGraftError(
-            "LG-TOOL-005",
-            "No image can be drawn so.",
-            where=f"{settings.sampler} {settings.schedule}, {settings.steps} steps, {settings.size}",
-            why=reason,
-            fix="for instance sampler dpmpp_2m, schedule karras, 20 steps, 512 x 512",
-        )
+    begun = objective.start(noise(), sigmas[0])
+    return to_images(family, parts, SAMPLERS[look.sampler](denoise, begun, sigmas, noise))

@@ -96,3 +96,4 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,
     "dpmpp_2m": dpmpp_2m,
 }
+ANCESTRAL = ("euler_a",)  # which add noise on the way

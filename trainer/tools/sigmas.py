@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
+from ..objective import Flow, Objective
+
 Row = Callable[[torch.Tensor, int], torch.Tensor]
+OWN = "own"  # the schedule of the family's authors
 RHO = 7.0  # of Karras et al. 2022, table 1
 
 
@@ -49,6 +53,20 @@ SCHEDULES: dict[str, Row] = {
 def sigmas_of(schedule: str, table: torch.Tensor, steps: int) -> torch.Tensor:
     """Return (steps + 1,) falling sigmas that end with 0, for a table of each timestep's sigma, rising."""
     return torch.cat([SCHEDULES[schedule](table, steps), torch.zeros(1)])
+
+
+def levels(schedule: str, objective: Objective, steps: int, size: tuple[int, int]) -> torch.Tensor:
+    """Return (steps + 1,) falling sigmas that end with 0 for an image of ``size`` (height, width).
+
+    OWN are those that the objective samples at by itself.
+    """
+    if schedule == OWN:
+        return objective.sigmas_for(steps, size)
+    if isinstance(objective, Flow) and objective.dynamic is not None:
+        shift = objective.dynamic  # the table has more entries than steps are taken
+        objective = replace(objective, dynamic=lambda tokens, _: shift(tokens, steps))
+    table = objective.sigmas_for(objective.num_timesteps, size)[:-1].flip(0)
+    return sigmas_of(schedule, table, steps)
 
 
 def _at(table: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

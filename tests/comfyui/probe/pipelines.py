@@ -25,15 +25,14 @@ def draw(
     sigmas: torch.Tensor,
     pack: Callable[[str], Any],
 ) -> torch.Tensor:
-    """Return pixels (1, H, W, 3) in [0, 1]; ``sigmas`` end with 0, which diffusers adds itself."""
+    """Return pixels (1, H, W, 3) in [0, 1]; ``sigmas`` end with 0, which flows add themselves."""
     pipe, given = PIPES[base.family.name](base, parts, noise, pack)
     pipe.load_lora_weights(str(lora.parent), weight_name=lora.name)
     pipe.set_progress_bar_config(disable=True)
     if cfg != 1:
         given |= {"negative_prompt": negative, "guidance_scale": cfg}
-    images = pipe(
-        text, height=HEIGHT, width=WIDTH, sigmas=sigmas[:-1].tolist(), output_type="pt", **given
-    ).images
+    steps = sigmas if base.velocity is not None else sigmas[:-1]
+    images = pipe(text, height=HEIGHT, width=WIDTH, sigmas=steps.tolist(), output_type="pt", **given).images
     return images.movedim(1, -1).float()
 
 
@@ -47,15 +46,10 @@ def clip_words(tokenizer: Any, *, open_clip: bool = False) -> Any:
 
 
 def euler(base: Any) -> Any:
-    """Return Euler's scheduler, whose timesteps are whole: those of a sigma's table."""
     from diffusers import EulerDiscreteScheduler
 
-    class OnTable(EulerDiscreteScheduler):
-        def _sigma_to_t(self, sigma: Any, log_sigmas: Any) -> Any:
-            return super()._sigma_to_t(sigma, log_sigmas).round()
-
     kind = "v_prediction" if base.velocity else "epsilon"
-    return OnTable(**BETAS, prediction_type=kind, timestep_spacing="leading", steps_offset=1)
+    return EulerDiscreteScheduler(**BETAS, prediction_type=kind, timestep_spacing="leading", steps_offset=1)
 
 
 def sd2(base: Any, parts: Any, noise: torch.Tensor, pack: Any) -> tuple[Any, dict[str, Any]]:
