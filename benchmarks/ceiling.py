@@ -1,6 +1,6 @@
 """What the machine could do: its matmul rate, and the FLOPs of a step. Each in a process of its own.
 
-`python -m benchmarks.ceiling rate DEVICE PRECISION` and `... flops RESOLUTION BATCH RANK`.
+`python -m benchmarks.ceiling rate DEVICE PRECISION` and `... flops ARCHITECTURE RESOLUTION BATCH RANK`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from .architectures import ARCHITECTURES
 from .cases import Case
-from .common import ROOT, Work
-from .peft_loop import UNET_TARGETS
+from .common import ROOT, pack
 from .process import environment
 
 SIZES = {"cpu": (1024, 2048, 3072), "cuda": (4096, 8192)}  # edges of square matrices; the best rate counts
 SECONDS_EACH = 2.0
-TOKENS, WIDTH = 77, 768  # of CLIP ViT-L's text encoder
 
 
 def ceiling_of(case: Case, threads: int) -> dict[str, float]:
-    """Return the FLOPs of a step of the U-Net (forward, backward, LoRA) and the matmul rate in FLOP/s."""
+    """Return the FLOPs of a step of the denoiser (forward, backward, LoRA) and the matmul rate in FLOP/s.
+
+    A forward pass that checkpointing does once more is not counted: it adds nothing to what is learnt.
+    """
     rate = _child(threads, "rate", case.device, case.precision)
-    flops = _child(threads, "flops", case.resolution, case.batch_size, Work.rank)
+    rank = ARCHITECTURES[case.architecture].rank
+    flops = _child(threads, "flops", case.architecture, case.resolution, case.batch_size, rank)
     return {**flops, **rate}
 
 
@@ -71,12 +74,17 @@ def _timed(work: Callable[[], Any], device: str) -> list[float]:
     return found
 
 
-def step_flops(resolution: int, batch_size: int, rank: int) -> dict[str, float]:
-    """Count a step on SD1.5's true architecture, on tensors without memory."""
+def step_flops(name: str, resolution: int, batch_size: int, rank: int) -> dict[str, float]:
+    """Count a step of an architecture's denoiser with a LoRA on each target, on tensors without memory."""
+    pack()
     import torch
-    from diffusers import UNet2DConditionModel
+    from loragraft.trainer.families import FAMILIES
+    from loragraft.trainer.families.base import Reading
+    from loragraft.trainer.parts import Parts
     from torch import nn
     from torch.utils.flop_counter import FlopCounterMode
+
+    from .shapes import modules_of
 
     class LowRank(nn.Module):
         """A frozen layer with a LoRA beside it."""
@@ -92,33 +100,34 @@ def step_flops(resolution: int, batch_size: int, rank: int) -> dict[str, float]:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.layer(x) + self.product(self.product(x, self.down), self.up)
 
+    architecture = ARCHITECTURES[name]
+    family = FAMILIES[architecture.family]
+    denoiser, vae, *texts = modules_of(architecture.shapes, architecture.sizes).values()
+    encoders = nn.ModuleDict(dict(zip(family.encoders, texts, strict=True)))
+    parts = Parts(denoiser.requires_grad_(False), vae, encoders, {})
+    length = architecture.settings.get("t5xxl_max_token_length")
+    shapes = family.cond_shapes(parts, Reading(t5_length=length))
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280, 1280),
-            layers_per_block=2,
-            cross_attention_dim=WIDTH,
-            attention_head_dim=8,
-        ).requires_grad_(False)
-        inputs = (
-            torch.empty(batch_size, 4, resolution // 8, resolution // 8),
-            torch.ones(batch_size, dtype=torch.long),
-            torch.empty(batch_size, TOKENS, WIDTH),
-        )
-        counted = {}
+        noisy = torch.empty(batch_size, *family.latent_shape(parts, resolution, resolution))
+        cond = tuple(torch.empty(batch_size, *shape) for shape in shapes)
+        t, sizes = torch.ones(batch_size, dtype=torch.long), torch.empty(batch_size, 6)
+
+        def predict() -> torch.Tensor:
+            return family.predict(parts, noisy, t, cond, sizes if family.uses_sizes else None)
+
         with torch.no_grad(), FlopCounterMode(display=False) as forward:
-            unet(*inputs)
-        counted["forward_flops"] = float(forward.get_total_flops())
-        targets = [
-            path
-            for path, _ in unet.named_modules()
-            if "attentions" in path and any(path.endswith(f".{name}") for name in UNET_TARGETS)
-        ]
+            predict()
+        targets = [t.path for t in family.targets(parts, convolutions=False) if t.part == "denoiser"]
         for path in targets:
-            parent, _, name = path.rpartition(".")
-            setattr(unet.get_submodule(parent), name, LowRank(unet.get_submodule(path)))
+            parent, _, last = path.rpartition(".")
+            setattr(denoiser.get_submodule(parent), last, LowRank(denoiser.get_submodule(path)))
         with FlopCounterMode(display=False) as step:
-            unet(*inputs).sample.sum().backward()
-    return {**counted, "step_flops": float(step.get_total_flops()), "targets": float(len(targets))}
+            predict().sum().backward()
+    return {
+        "forward_flops": float(forward.get_total_flops()),
+        "step_flops": float(step.get_total_flops()),
+        "targets": float(len(targets)),
+    }
 
 
 def main() -> None:
@@ -127,7 +136,8 @@ def main() -> None:
     if what == "rate":
         found = matmul_rate(*arguments)
     else:
-        found = step_flops(*map(int, arguments))
+        name, *sizes = arguments
+        found = step_flops(name, *map(int, sizes))
     print(json.dumps(found))
 
 

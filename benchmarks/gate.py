@@ -92,7 +92,7 @@ def main() -> None:
             device = CASES[name].device
             case = replace(CASES[name], steps=STEPS[device], warmup=WARMUP[device])
             scratch = Path(folder) / name
-            made = prepare(scratch, case.resolution, Path(folder))
+            made = prepare(scratch, case.resolution, Path(folder), case.architecture)
             bench = Bench(name, case, made, scratch, args.threads)
             before = stored_ratio(stored, kind(machine(args.threads), device), name)
             for attempt in range(2):

@@ -1,7 +1,7 @@
-"""All GPU measurements in one call of less than ten minutes, into one file. `make bench-gpu`.
+"""The measurements of one plan on a GPU in one call of less than ten minutes, into one file.
 
-The cases for a GPU, where a step goes, LoRAs side by side, and the planner's prediction against the measured
-peak. The results file is written again after each run, most important first; what the time does not
+`make bench-gpu PLAN=sd15`, and so on for each of `PLANS`: an architecture's cases, where a step goes, for
+SD1.5 LoRAs side by side, and the planner's prediction against the measured peak. The results file is written again after each run, most important first; what the time does not
 suffice for is left out with a word.
 """
 
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,61 @@ from .run import Bench, show, trainers
 
 BUDGET_S = 560.0
 PEERS_FIRST = ["ours", "kohya", "peft loop"]
-THEN = ["ours fused", "ours eager", "comfyui", "onetrainer"]
+ENGINES = ["ours fused", "ours eager"]
+THEN = [*ENGINES, "comfyui", "onetrainer"]
 MEMORY = ["ours checkpointed", "ours swapped", "ours fp8 base", "ours int8 base", "ours nf4 base"]
-STEPS = {"sd15-512-b1": (60, 20), "sd15-512-b8": (40, 15)}  # steps, warm-up
-# (case, trainers) in this order; a case that comes again goes on with the same table.
-FIRST = [("sd15-512-b1", PEERS_FIRST), ("sd15-512-b8", PEERS_FIRST)]
-LAST = [("sd15-512-b1", THEN), ("sd15-512-b1", MEMORY), ("sd15-512-b8", THEN)]
-LONGEST_RUN_S = 60.0  # none is begun with less time left
-PROFILED, TOGETHER_STEPS = "sd15-512-b1", 60
+SMALLEST = ["ours smallest", "kohya smallest"]
+STEPS = {"sd15-512-b1": (60, 20), "sd15-512-b8": (40, 15)}  # steps, warm-up; others as in cases.py
+Parts = list[tuple[str, list[str]]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one call measures: (case, trainers) in this order; a case that comes again goes on with its table.
+
+    ``profiled`` is seen from inside; ``together`` trains LoRAs side by side. No run of a trainer is begun
+    with less than ``longest_s`` seconds left. ``compares`` says that tables need all peers.
+    """
+
+    first: Parts
+    last: Parts
+    profiled: str | None = None
+    together: bool = False
+    longest_s: float = 60.0
+    compares: bool = True
+
+
+PLANS: dict[str, Plan] = {
+    "sd15": Plan(
+        [("sd15-512-b1", PEERS_FIRST), ("sd15-512-b8", PEERS_FIRST)],
+        [("sd15-512-b1", THEN), ("sd15-512-b1", MEMORY), ("sd15-512-b8", THEN)],
+        "sd15-512-b1",
+        together=True,
+    ),
+    "sdxl": Plan(
+        [("sdxl-1024-b1", PEERS_FIRST), ("sdxl-1024-b4", PEERS_FIRST)],
+        [("sdxl-1024-b1", ENGINES), ("sdxl-1024-b4", ENGINES)],
+        "sdxl-1024-b1",
+        longest_s=80.0,
+    ),
+    "flux": Plan(
+        [("flux-1024-b1", PEERS_FIRST)], [("flux-1024-b1", ENGINES)], "flux-1024-b1", longest_s=120.0
+    ),
+    "smallest": Plan(
+        [("flux-1024-b1", SMALLEST), ("sdxl-1024-b1", SMALLEST), ("sd15-512-b1", SMALLEST)],
+        [("sdxl-1024-b1", ["ours checkpointed", "kohya checkpointed"])],
+        longest_s=120.0,
+        compares=False,
+    ),
+    # of Flux.1's true width with fewer blocks: a card with 24 GB, and a check of the call itself
+    "flux-4-8": Plan(
+        [("flux-4-8-1024-b1", PEERS_FIRST)],
+        [("flux-4-8-1024-b1", [*ENGINES, "ours checkpointed", "ours nf4 base"])],
+        "flux-4-8-1024-b1",
+        longest_s=80.0,
+    ),
+}
+TOGETHER_STEPS = 60
 PREDICTED = re.compile(r"memory: ([\d.]+)(?: of [\d.]+)? GiB predicted")
 
 
@@ -78,14 +125,15 @@ def predictions(result: dict[str, Any]) -> list[dict[str, Any]]:
 class Session:
     """One call: what is measured is kept at once, what fails is remembered and the rest goes on."""
 
-    def __init__(self, scratch: Path, clock: Clock, results: Results, threads: int) -> None:
-        self.scratch, self.clock, self.results, self.threads = scratch, clock, results, threads
+    def __init__(self, plan: Plan, scratch: Path, clock: Clock, results: Results, threads: int) -> None:
+        self.plan, self.scratch, self.clock = plan, scratch, clock
+        self.results, self.threads = results, threads
         self.benches: dict[str, Bench] = {}
         self.failed: list[str] = []
 
-    def part(self, name: str, work: Callable[[], None], seconds: float = LONGEST_RUN_S) -> None:
-        """Do one part if there is time for it."""
-        if not self.clock.has(seconds, name):
+    def part(self, name: str, work: Callable[[], None], runs: int = 1) -> None:
+        """Do one part of so many runs if there is time for it."""
+        if not self.clock.has(runs * self.plan.longest_s, name):
             return
         try:
             work()
@@ -94,30 +142,37 @@ class Session:
             self.results.put("failed", name, str(error)[-3000:])
             print(f"FAILED {name}: {error}", flush=True)
 
-    def measure(self, parts: list[tuple[str, list[str]]]) -> None:
+    def measure(self, parts: Parts) -> None:
         """Run trainers on cases, each once."""
         for name, names in parts:
+            if name not in self.benches:
+                self.part(f"the files of {name}", partial(self.prepare, name))
+            if name not in self.benches:
+                continue
+            bench = self.benches[name]
             chosen, absent = trainers(names)
             self.results.put("absent", ", ".join(names), absent)
-            bench = self.bench(name)
             for trainer, how in chosen.items():
                 self.part(f"{name} {trainer}", partial(bench.run, trainer, how, "unet"))
                 self.results.put("cases", name, bench.result())
 
-    def bench(self, name: str) -> Bench:
-        """Return the runs of a case so far."""
-        if name not in self.benches:
-            steps, warmup = STEPS[name]
-            case = replace(CASES[name], steps=steps, warmup=warmup)
-            made = prepare(self.scratch / name, case.resolution, self.scratch)
-            self.benches[name] = Bench(name, case, made, self.scratch / name, self.threads)
-            self.benches[name].ceiling = ceiling_of(case, self.threads)
-        return self.benches[name]
+    def prepare(self, name: str) -> None:
+        """Write a case's files and measure what the card could do."""
+        steps, warmup = STEPS.get(name, (CASES[name].steps, CASES[name].warmup))
+        case = replace(CASES[name], steps=steps, warmup=warmup)
+        began = time.monotonic()
+        made = prepare(self.scratch / name, case.resolution, self.scratch, case.architecture)
+        bench = Bench(name, case, made, self.scratch / name, self.threads)
+        bench.ceiling = ceiling_of(case, self.threads)
+        bench.compares = self.plan.compares
+        self.benches[name] = bench
+        print(f"files of {name}: {time.monotonic() - began:.0f} s", flush=True)
 
-    def profile(self, variant: str) -> None:
-        """See where a step goes."""
-        found = step_profile.profile_case(PROFILED, variant, self.scratch, self.threads, 20, 20)
-        self.results.put("profiles", f"{PROFILED} {variant}", found)
+    def profile(self, name: str, variant: str) -> None:
+        """See where a step goes, after as many steps as the case's warm-up."""
+        warmup = STEPS.get(name, (0, CASES[name].warmup))[1]
+        found = step_profile.profile_case(name, variant, self.scratch, self.threads, warmup, warmup)
+        self.results.put("profiles", f"{name} {variant}", found)
         print(*step_profile.lines_of(found), sep="\n", flush=True)
 
     def side_by_side(self, runs: int) -> None:
@@ -144,21 +199,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("plan", nargs="?", choices=list(PLANS), default="sd15")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds")
     parser.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--runs", type=int, default=8, help="LoRAs side by side")
-    parser.add_argument("--label", default="gpu", help="end of the results file's name")
+    parser.add_argument("--label", help="end of the results file's name; default: gpu and the plan")
     args = parser.parse_args()
     if not has_gpu():
         sys.exit("There is no NVIDIA GPU with its driver here; make bench measures on the CPU.")
-    results = Results(args.label, args.threads)
+    plan = PLANS[args.plan]
+    results = Results(args.label or f"gpu-{args.plan}", args.threads)
     with tempfile.TemporaryDirectory(prefix="loragraft-gpu-") as folder:
-        session = Session(Path(folder), Clock(args.budget), results, args.threads)
-        session.measure(FIRST)
-        session.part("profile", partial(session.profile, "ours"))
-        session.part("together", partial(session.side_by_side, args.runs), 2 * LONGEST_RUN_S)
-        session.measure(LAST)
-        session.part("profile of fused steps", partial(session.profile, "ours fused"))
+        session = Session(plan, Path(folder), Clock(args.budget), results, args.threads)
+        session.measure(plan.first)
+        if plan.profiled:
+            session.part("profile", partial(session.profile, plan.profiled, "ours"))
+        if plan.together:
+            session.part("together", partial(session.side_by_side, args.runs), runs=2)
+        session.measure(plan.last)
+        if plan.profiled:
+            session.part("profile of fused steps", partial(session.profile, plan.profiled, "ours fused"))
         session.conclude()
     print(results.where())
     if session.failed:

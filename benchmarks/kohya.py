@@ -1,4 +1,4 @@
-"""A peer: kohya's sd-scripts, its own train_network.py in its own environment, unchanged.
+"""A peer: kohya's sd-scripts, its own script for the architecture in its own environment, unchanged.
 
 LORAGRAFT_KOHYA names its folder, LORAGRAFT_KOHYA_PYTHON an interpreter that has its requirements.
 For SD1.x its trainer keeps no text-encoder outputs: with --network_train_unet_only it encodes the
@@ -12,12 +12,16 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from .architectures import ARCHITECTURES
 from .common import Work
 
 STEP = re.compile(rb"steps:.*?\| *(\d+)/(\d+) \[.*?(?:avr_loss=([\w.+-]+))?\]")
-TOKENIZER_NAME = "openai_clip-vit-large-patch14"
+FILES = {"vae": "ae", "clip_l": "clip_l", "t5xxl": "t5xxl"}  # its options for parts in files of their own
+TOKENS = {"clip": 77, "t5": 512}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 
 
@@ -50,19 +54,23 @@ def versions() -> dict[str, str]:
     return {"sd-scripts": own[1] if own else "unknown", **json.loads(done.stdout)}
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path, length: int = TOKENS["clip"]) -> None:
     """Copy a tokenizer to where kohya looks, with the length it reads there (ComfyUI says 8192)."""
     shutil.copytree(source, target)
     file = target / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "model_max_length": 77}), "utf-8")
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "model_max_length": length}), "utf-8")
 
 
 def command(work: Work, job: Path) -> list[str]:
     """Return the command line of the job, with kohya's options for the same work."""
     out = Path(work.out)
     tokenizers = out / "tokenizers"
-    copy_tokenizer(Path(work.tokenizer), tokenizers / TOKENIZER_NAME)
-    options = {
+    architecture = ARCHITECTURES[work.architecture]
+    of_kind = {"clip": work.tokenizer, **work.tokenizers}
+    for kind, names in architecture.tokenizers.items():
+        for name in names:
+            copy_tokenizer(Path(of_kind[kind]), tokenizers / name, TOKENS[kind])
+    options: dict[str, Any] = {
         "pretrained_model_name_or_path": work.checkpoint,
         "tokenizer_cache_dir": tokenizers,
         "train_data_dir": work.images,
@@ -73,7 +81,6 @@ def command(work: Work, job: Path) -> list[str]:
         "save_precision": "fp16",
         "resolution": work.resolution,
         "train_batch_size": work.batch_size,
-        "network_module": "networks.lora",
         "network_dim": work.rank,
         "network_alpha": work.alpha,
         "optimizer_type": "AdamW",
@@ -84,7 +91,24 @@ def command(work: Work, job: Path) -> list[str]:
         "mixed_precision": {"fp32": "no"}.get(work.precision, work.precision),
         "max_data_loader_n_workers": 0,
         "seed": work.seed,
+        "cache_latents": True,
+        "sdpa": True,
+        "network_train_unet_only": not work.text_encoder,
+        **{FILES[role]: file for role, file in work.files.items()},
+        **architecture.options,
+        **architecture.settings,
+        **work.settings,
     }
-    flags = ["--cache_latents", "--sdpa"] + ([] if work.text_encoder else ["--network_train_unet_only"])
-    pairs = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    return [os.environ["LORAGRAFT_KOHYA_PYTHON"], str(folder() / "train_network.py"), *pairs, *flags]
+    script = str(folder() / architecture.script)
+    return [os.environ["LORAGRAFT_KOHYA_PYTHON"], script, *as_arguments(options)]
+
+
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """Return options as a command line has them: a switch is there or not, all others have a value."""
+    found: list[str] = []
+    for key, value in options.items():
+        if isinstance(value, bool):
+            found += [f"--{key}"] if value else []
+        else:
+            found += [f"--{key}", str(value)]
+    return found

@@ -1,8 +1,10 @@
-"""A peer: peft's LoRA in a plain diffusers loop, eager. `python -m benchmarks.peft_loop JOB.json`.
+"""A peer: peft's LoRA in a plain loop, eager. `python -m benchmarks.peft_loop JOB.json`.
 
-It starts from our LoRA's start values and is fed our draws, so its losses must be ours, step by step: it
-is the check that our faster paths compute the same function. bf16 is done as diffusers' own example
-scripts do it: the base in bf16, the adapter in fp32, the forward pass under autocast.
+The denoiser is diffusers' own class where the family has one, and for Flux the one with the fused layers of
+its single file, so that the LoRA is the same as ours and kohya's. The loop starts from our LoRA's start
+values and is fed our draws, so its losses must be ours, step by step: it is the check that our faster paths
+compute the same function. bf16 is done as diffusers' own example scripts do it: the base in bf16, the
+adapter in fp32, the forward pass under autocast.
 """
 
 from __future__ import annotations
@@ -10,12 +12,10 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
+from typing import Any
 
-from .common import Work, pack, say_gpu_peak, say_step, say_versions
+from .common import Work, open_base, pack, say_gpu_peak, say_step, say_versions
 from .ours import settings
-
-UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
-TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
 def main() -> None:
@@ -23,48 +23,29 @@ def main() -> None:
     work = Work.read(sys.argv[1])
     pack()
     import torch
-    from peft import LoraConfig, inject_adapter_in_model
 
     from loragraft.trainer import api
     from loragraft.trainer.data.batches import plan_epoch
     from loragraft.trainer.data.cache import TensorCache
     from loragraft.trainer.engine.precision import resolve
     from loragraft.trainer.inputs import Inputs
-    from loragraft.trainer.objective import generator
+    from loragraft.trainer.usual import for_base
 
     say_versions("torch", "diffusers", "transformers", "peft")
     device = torch.device(work.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[work.precision]
-    base = api.open_base(work.checkpoint, tokenizer=work.tokenizer)
+    base = open_base(work)
     parts = base.load()
     parts.denoiser.to(device, dtype)
-    parts.text_encoder.to(device, dtype)
+    parts.text_encoders.to(device, dtype)
     parts.vae.to(device, torch.float32)
-    roots = {"denoiser": parts.denoiser}
-    targets = {"denoiser": UNET_TARGETS}
-    if work.text_encoder:
-        roots["text_encoder"] = parts.text_encoder
-        targets["text_encoder"] = TEXT_TARGETS
-    keys = {(t.part, t.path): t.key for t in base.family.targets(parts, convolutions=False)}
-    trained = []
-    for part, root in roots.items():
-        config = LoraConfig(r=work.rank, lora_alpha=work.alpha, target_modules=targets[part])
-        inject_adapter_in_model(config, root)
-        for path, module in root.named_modules():
-            if hasattr(module, "lora_A") and "default" in module.lora_A:
-                down = module.lora_A["default"].weight
-                for weights in (module.lora_A, module.lora_B):
-                    weights["default"].float()
-                start = torch.rand(
-                    (work.rank, down[0].numel()), generator=generator(work.seed, "init", keys[part, path])
-                ).view(down.shape)
-                down.data.copy_((start * 2 - 1) * down[0].numel() ** -0.5)
-                trained += [down, module.lora_B["default"].weight]
+    trained = inject(work, base, parts)
 
     def autocast() -> contextlib.AbstractContextManager[object]:
         return torch.autocast(device.type, dtype) if work.precision != "fp32" else contextlib.nullcontext()
 
     data, config = settings(work)
+    config, _ = for_base(config, base)
     train_set = api.build_train_set(api.scan_folder(work.images), data)
     inputs = Inputs(
         base,
@@ -74,28 +55,61 @@ def main() -> None:
         resolve(work.precision, device),
         TensorCache(Path(work.out) / "cache"),
         work.text_encoder,
+        work.steps,
     )
     for _ in inputs.prepare():
         pass
     del parts.vae  # encoded once; a loop that minds its memory lets go of what it needs no more
     if not work.text_encoder:
         del parts.text_encoders
+    family = base.family
     optimizer = torch.optim.AdamW(trained, lr=work.learning_rate)
     batches = plan_epoch(train_set, work.batch_size, work.seed, 0)
     for step in range(work.steps):
         fed = inputs.draw(step, 0, batches[step])
         latents, noise, t = (x.to(device) for x in (fed.latents, fed.noise, fed.t))
-        noisy = base.family.objective.add_noise(latents, noise, t)
+        sizes = None if fed.sizes is None else fed.sizes.to(device)
+        noisy = family.objective.add_noise(latents, noise, t)
         with autocast():
-            (cond,) = inputs.embed(tuple(x.to(device) for x in fed.text))
-            pred = parts.denoiser(noisy, t, encoder_hidden_states=cond).sample
-        loss = torch.nn.functional.mse_loss(pred.float(), noise)
+            cond = inputs.embed(tuple(x.to(device) for x in fed.text))
+            pred = family.predict(parts, noisy, t, cond, sizes, config.guidance_scale)
+        target = family.objective.target(latents, noise, t)
+        loss = torch.nn.functional.mse_loss(pred.float(), target)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         say_step(step + 1, work.steps, loss.item())
     say_gpu_peak(work.device)
+
+
+def inject(work: Work, base: Any, parts: Any) -> list[Any]:
+    """Put peft's LoRA on the layers that ours trains, with our start values; return what is trained."""
+    import torch
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from loragraft.trainer.objective import generator
+
+    targets = base.family.targets(parts, convolutions=False)
+    roots = {"denoiser": parts.denoiser}
+    if work.text_encoder:
+        roots |= dict(parts.text_encoders.items())
+    trained = []
+    for part, root in roots.items():
+        keys = {target.path: target.key for target in targets if target.part == part}
+        inject_adapter_in_model(
+            LoraConfig(r=work.rank, lora_alpha=work.alpha, target_modules=list(keys)), root
+        )
+        for path, module in root.named_modules():
+            if hasattr(module, "lora_A") and "default" in module.lora_A:
+                down, up = module.lora_A["default"], module.lora_B["default"]
+                down.float(), up.float()
+                drawn = generator(work.seed, "init", keys[path])
+                start = torch.rand((work.rank, down.weight[0].numel()), generator=drawn)
+                bound = down.weight[0].numel() ** -0.5
+                down.weight.data.copy_((start.view(down.weight.shape) * 2 - 1) * bound)
+                trained += [down.weight, up.weight]
+    return trained
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ def prepare(folder: Path, resolution: int, shared: Path, architecture: str = "sd
     return Prepared(*paths, **found)
 
 
+def settings_for(trainer: str, settings: dict[str, Any], case: Case) -> dict[str, Any]:
+    """Return a trainer's settings; those that are to take the least memory differ by architecture."""
+    return {**settings, **ARCHITECTURES[case.architecture].smallest.get(trainer, {})}
+
+
 def job_of(
     case: Case, prepared: Prepared, out: Path, settings: dict[str, Any], *, trained: str = "unet", **own: Any
 ) -> Work:

@@ -3,7 +3,7 @@
 Each turn starts every trainer once as a process of its own; the parent holds the clock and reads the
 steps that they print (a peer's own progress bar). Steps count after warm-up; loading, caching and saving
 do not. A peer that is not there is skipped with a word, and a table without its peers does not count;
-README.md lists what each needs. LORAGRAFT_SCRATCH keeps the random full-size checkpoint for the next time.
+README.md lists what each needs. LORAGRAFT_SCRATCH keeps the random full-size weights for the next time.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from . import comfyui, kohya, onetrainer
-from .cases import CASES, COMFYUI_VARIANTS, ENGINES, PEERS, TRAINED, VARIANTS, Case
+from .architectures import ARCHITECTURES
+from .cases import CASES, COMFYUI_VARIANTS, ENGINES, KOHYA_VARIANTS, PEERS, TRAINED, VARIANTS, Case
 from .ceiling import ceiling_of
 from .common import ROOT, Work
 from .machine import Results, has_gpu
-from .prepare import Prepared, prepare
+from .prepare import Prepared, job_of, prepare, settings_for
 from .process import OWN_STEP, RefusedError, Run, measure
 from .report import TOLERANCES, check, lines_of, missing_peers, table
 
-NOTE = "captions are encoded once, by kohya in each step; ComfyUI's node trains more layers than the others"
+NOTES = {
+    "sd15": "captions are encoded once, by kohya in each step; "
+    "ComfyUI's node trains more layers than the others"
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Trainer:
     versions: Callable[[], dict[str, str]] = dict
     settings: dict[str, Any] = field(default_factory=dict)
     ours: bool = False
+    architectures: Sequence[str] = tuple(ARCHITECTURES)
 
 
 def _script(name: str) -> Callable[[Work, Path], list[str]]:
@@ -52,14 +57,31 @@ def _no_peft() -> str | None:
     return "peft is not installed" if done.returncode else None
 
 
-KOHYA = Trainer(kohya.command, kohya.STEP, kohya.folder, kohya.versions)
-ONETRAINER = Trainer(onetrainer.command, onetrainer.STEP, onetrainer.folder, onetrainer.versions)
+ONLY_SD15 = ("sd15",)
+ONETRAINER = Trainer(
+    onetrainer.command, onetrainer.STEP, onetrainer.folder, onetrainer.versions, architectures=ONLY_SD15
+)
 # name -> (how it runs, what says why it cannot)
 PEER_TABLE: dict[str, tuple[Trainer, Callable[[], str | None]]] = {
-    "kohya": (KOHYA, kohya.missing),
+    **{
+        name: (
+            Trainer(kohya.command, kohya.STEP, kohya.folder, kohya.versions, settings=settings),
+            kohya.missing,
+        )
+        for name, settings in KOHYA_VARIANTS.items()
+    },
     "peft loop": (Trainer(_script("peft_loop")), _no_peft),
     **{
-        name: (Trainer(comfyui.command, comfyui.STEP, comfyui.folder, settings=settings), comfyui.missing)
+        name: (
+            Trainer(
+                comfyui.command,
+                comfyui.STEP,
+                comfyui.folder,
+                settings=settings,
+                architectures=ONLY_SD15,
+            ),
+            comfyui.missing,
+        )
         for name, settings in COMFYUI_VARIANTS.items()
     },
     "onetrainer": (ONETRAINER, onetrainer.missing),
@@ -92,6 +114,7 @@ class Bench:
         self.runs: list[Run] = []
         self.left_out: dict[str, str] = {}
         self.ceiling: dict[str, float] | None = None
+        self.compares = True  # a table of memory alone needs no peer
 
     def turn(
         self, chosen: dict[str, Trainer], trained: Sequence[str], keep: Callable[[dict[str, Any]], None]
@@ -108,18 +131,13 @@ class Bench:
 
     def run(self, name: str, trainer: Trainer, trained: str) -> None:
         """Run one trainer once; a variant of ours that is refused here is left out with its reason."""
+        if self.case.architecture not in trainer.architectures:
+            self._leave_out(name, f"the benchmark runs it on {', '.join(trainer.architectures)} only")
+            return
         out = self.scratch / f"{self.name}-{len(self.runs)}-{len(self.left_out)}"
         out.mkdir(parents=True)
-        work = Work(
-            *map(str, (self.prepared.checkpoint, self.prepared.images, self.prepared.tokenizer, out)),
-            self.case.steps,
-            self.case.resolution,
-            TRAINED[trained],
-            self.case.batch_size,
-            self.case.device,
-            self.case.precision,
-            trainer.settings,
-        )
+        settings = settings_for(name, trainer.settings, self.case)
+        work = job_of(self.case, self.prepared, out, settings, trained=trained)
         run = Run(self.name, name, trained, self.turns)
         run.facts["versions"] = trainer.versions()
         try:
@@ -136,19 +154,29 @@ class Bench:
         except RefusedError as error:
             if name == "ours":
                 raise
-            self.left_out[name] = str(error)
-            print(f"{self.name} without {name}: {error}", flush=True)
+            self._leave_out(name, str(error))
             return
         self.runs.append(run)
         print(f"{self.name} turn {self.turns + 1} {trained} {name}: {run.step:.3f} s a step", flush=True)
 
+    def _leave_out(self, name: str, why: str) -> None:
+        self.left_out[name] = why
+        print(f"{self.name} without {name}: {why}", flush=True)
+
     def result(self) -> dict[str, Any]:
         """Return what the runs so far show."""
+        architecture = ARCHITECTURES[self.case.architecture]
         rows = table(self.runs, self.ceiling)
+        missing = missing_peers(rows, self.case.device, self.case.architecture) if self.compares else []
         return {
-            "work": {**asdict(self.case), "model": "SD1.5, random weights", "rank": Work.rank, "note": NOTE},
+            "work": {
+                **asdict(self.case),
+                "model": f"{architecture.title}, random weights",
+                "rank": architecture.rank,
+                "note": NOTES.get(self.case.architecture, ""),
+            },
             "ceiling": self.ceiling,
-            "missing_peers": missing_peers(rows, self.case.device),
+            "missing_peers": missing,
             "table": rows,
             "checks": check(self.runs, TOLERANCES[self.case.precision]),
             "left_out": self.left_out,
@@ -165,10 +193,12 @@ def show(name: str, result: dict[str, Any]) -> bool:
     return not any(line.startswith("WRONG") for line in result["checks"])
 
 
-def cases_here() -> list[str]:
-    """Name the cases for this machine."""
+def cases_here(architecture: str = "sd15") -> list[str]:
+    """Name an architecture's cases for this machine."""
     device = "cuda" if has_gpu() else "cpu"
-    return [name for name, case in CASES.items() if case.device == device]
+    return [
+        name for name, case in CASES.items() if (case.device, case.architecture) == (device, architecture)
+    ]
 
 
 def main() -> None:
@@ -177,6 +207,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--case", nargs="*", choices=list(CASES), help="default: those for this machine")
+    parser.add_argument("--architecture", choices=list(ARCHITECTURES), default="sd15", help="of the cases")
     parser.add_argument(
         "--trainers", nargs="*", choices=[*VARIANTS, *PEER_TABLE], help="default: engines, peers"
     )
@@ -192,7 +223,7 @@ def main() -> None:
 
     names = args.trainers or [*(VARIANTS if args.variants else ENGINES), *PEERS]
     chosen, absent = trainers(names)
-    cases = args.case or cases_here()
+    cases = args.case or cases_here(args.architecture)
     label = args.label or ("gpu" if has_gpu() else "cpu")
     results = Results(label, args.threads, keep=not args.no_keep)
     results.put("call", "arguments", sys.argv[1:])
@@ -206,7 +237,7 @@ def main() -> None:
                 warmup=CASES[name].warmup if args.warmup is None else args.warmup,
             )
             scratch = Path(folder) / name
-            made = prepare(scratch, case.resolution, Path(folder))
+            made = prepare(scratch, case.resolution, Path(folder), case.architecture)
             bench = Bench(name, case, made, scratch, args.threads)
             bench.ceiling = ceiling_of(case, args.threads)
             for _ in range(args.turns):

@@ -22,10 +22,10 @@ from statistics import median
 from typing import Any
 
 from .cases import CASES, VARIANTS
-from .common import ROOT, Work, pack
+from .common import ROOT, Work, open_base, pack
 from .machine import Results, has_gpu
 from .ours import settings
-from .prepare import prepare
+from .prepare import job_of, prepare, settings_for
 from .process import environment
 from .run import cases_here
 
@@ -216,16 +216,9 @@ def profile_case(
 ) -> dict[str, Any]:
     """Profile one case with one variant's settings, in a process of its own."""
     case, out = CASES[name], scratch / f"profile-{variant.replace(' ', '-')}"
-    prepared = prepare(out, case.resolution, scratch)
-    work = Work(
-        *map(str, (prepared.checkpoint, prepared.images, prepared.tokenizer, out)),
-        steps=warmup + timed + PROFILED + 2,
-        resolution=case.resolution,
-        batch_size=case.batch_size,
-        device=case.device,
-        precision=case.precision,
-        settings=VARIANTS[variant],
-    )
+    prepared = prepare(out, case.resolution, scratch, case.architecture)
+    settings = settings_for(variant, VARIANTS[variant], case)
+    work = job_of(case, prepared, out, settings, steps=warmup + timed + PROFILED + 2)
     arguments = (work.write(out / "job.json"), warmup, timed)
     argv = [sys.executable, "-m", "benchmarks.step_profile", "--child", *map(str, arguments)]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=environment(threads))

@@ -1,8 +1,8 @@
-// The row of presets on Train LoRA: what to learn, with which network, for how much memory. Choosing fills
+// The row of presets on Train LoRA: what to learn, with which network, on which base, for how much memory. Choosing fills
 // widgets in, where everybody sees them; nothing else happens, and every value can be changed afterwards.
 
 const ROUTE = "/loragraft/ahead";
-const PARTS = ["kind", "network", "memory"];
+const PARTS = ["kind", "network", "base", "memory"];
 const TRAIN = "LoraGraftTrainLoRA";
 const PASTED = "LoraGraftKohyaConfig"; // its settings stand in a text, where no widget can be filled in
 

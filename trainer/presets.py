@@ -1,7 +1,7 @@
 """Named starting values from the guides; each number has its source, which a tooltip can show.
 
-A preset is made of up to three parts: what the LoRA is to learn, with which network, and for how much
-memory. Parts touch different settings where they can, and the later part wins where they cannot.
+A preset is made of up to four parts: what the LoRA is to learn, with which network, on which base model, and
+for how much memory. Parts touch different settings where they can, and the later part wins where they cannot.
 
 Guides: S1 lora-scripts-windows, S3 training notes, S4 the anonymous LoRA guide of October 2023.
 """
@@ -14,8 +14,8 @@ from typing import Any
 
 from .errors import LoraGraftError, listed, nearest
 
-KIND, NETWORK, MEMORY = "kind", "network", "memory"
-PARTS = (KIND, NETWORK, MEMORY)  # the order in which they are laid over each other
+KIND, NETWORK, BASE, MEMORY = "kind", "network", "base", "memory"
+PARTS = (KIND, NETWORK, BASE, MEMORY)  # the order in which they are laid over each other
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,48 @@ NETWORKS: dict[str, tuple[str, float, dict[str, Row]]] = {
     ),
 }
 
+_TRAINED_AT = "what the base model was trained at"
+_SENTENCES = "these models learnt from sentences, whose parts are not shuffled"
+TRANSFORMER = "transformer"
+BASES: dict[str, tuple[str, dict[str, Row]]] = {
+    "sd1": (
+        "SD1.x",
+        {
+            "resolution": (512, _TRAINED_AT),
+            "max_bucket_reso": (1024, "the reference trainer's default"),
+            "text_encoder_lr": (5e-5, "S3, steps: 5e-5; S4, text_encoder_lr: a half to a third of unet_lr"),
+            "min_snr_gamma": (5.0, "S4, min_snr_gamma: 5"),
+            "shuffle_caption": (True, "S4, shuffle_caption: useful, switch it on"),
+            "keep_tokens": (1, "S4, keep_tokens: where the subject's name is the first tag"),
+        },
+    ),
+    "sdxl": (
+        "SDXL",
+        {
+            "resolution": (1024, _TRAINED_AT),
+            "max_bucket_reso": (2048, "twice the side, as for SD1.x"),
+            "text_encoder_lr": (0.0, "the reference trainer's page on SDXL: the U-Net alone is recommended"),
+            "min_snr_gamma": (5.0, "S4, min_snr_gamma: 5"),
+            "shuffle_caption": (True, "S4, shuffle_caption: useful, switch it on"),
+            "keep_tokens": (1, "S4, keep_tokens: where the subject's name is the first tag"),
+        },
+    ),
+    TRANSFORMER: (
+        "SD3.5, Flux and newer",
+        {
+            "resolution": (1024, _TRAINED_AT),
+            "max_bucket_reso": (2048, "twice the side, as for SD1.x"),
+            "text_encoder_lr": (
+                0.0,
+                "the reference trainer's pages on Flux and SD3: text encoders are optional",
+            ),
+            "min_snr_gamma": (None, "a flow has no signal-to-noise ratio to weigh by"),
+            "shuffle_caption": (False, _SENTENCES),
+            "keep_tokens": (0, _SENTENCES),
+        },
+    ),
+}
+
 _SAME = "a step still sees four pictures, in so many passes"
 MEMORIES: dict[str, tuple[str, dict[str, Row]]] = {
     "8gb": (
@@ -137,6 +179,7 @@ MEMORIES: dict[str, tuple[str, dict[str, Row]]] = {
         },
     ),
 }
+CONVOLUTIONS = ("conv_dim", "conv_alpha")
 MEMORY_SETTINGS = frozenset(name for _, rows in MEMORIES.values() for name in rows)
 RELATIVE_TIME_SOURCE = "S1, LyCORIS: lora / locon / loha take 1 / 1.44 / 2 times as long"
 
@@ -156,6 +199,7 @@ def presets() -> dict[str, Preset]:
     return {
         **{name: _preset(KIND, title, {**RATES, **rows}) for name, (title, rows) in KINDS.items()},
         **{name: _preset(NETWORK, title, rows, time) for name, (title, time, rows) in NETWORKS.items()},
+        **{name: _preset(BASE, title, rows) for name, (title, rows) in BASES.items()},
         **{name: _preset(MEMORY, title, rows) for name, (title, rows) in MEMORIES.items()},
     }
 
@@ -163,7 +207,7 @@ def presets() -> dict[str, Preset]:
 def preset(names: Iterable[str]) -> Preset:
     """Return the parts of these names laid over each other, in the order of PARTS.
 
-    Raises LG-CFG-003 for an unknown name, and for two names of one part.
+    Raises LG-CFG-003 for an unknown name, for two names of one part, and for parts that do not fit.
     """
     known = presets()
     chosen: dict[str, str] = {}
@@ -186,8 +230,14 @@ def preset(names: Iterable[str]) -> Preset:
         sources |= found.sources
         time *= found.relative_time
     if NETWORK in chosen:
+        is_transformer = chosen.get(BASE) == TRANSFORMER
+        if is_transformer and chosen[NETWORK] == "locon":
+            raise _refused(
+                "locon transformer", "these base models have no convolutions", "take one of the two"
+            )
         for name, (value, source) in _ranks(chosen[NETWORK], settings).items():
-            settings[name], sources[name] = value, source
+            if not (is_transformer and name in CONVOLUTIONS):
+                settings[name], sources[name] = value, source
     return Preset(", ".join(PARTS), ", ".join(p.title for p in parts), settings, sources, time)
 
 

@@ -205,6 +205,7 @@ def _job(
     precision = resolve(config.mixed_precision, pick_device(device))
     plan = plan_run(train_set, config)
     check_logger(config.log_with)
+    _check_sizes(train_set, base)
     _check_validation(train_set, config)
     warms_up = any(0 < c.token_warmup_step < 1 for c in train_set.configs)
     fixed_total = plan.total_steps if warms_up or depends_on_total(config) else None
@@ -220,6 +221,22 @@ def _job(
     return Job(
         base, train_set, config, plan, precision, run_id, words, folder, kin, origin, hint, world, usual
     )
+
+
+def _check_sizes(train_set: TrainSet, base: Base) -> None:
+    """Refuse buckets that the base model cannot have."""
+    multiple = base.family.latent_multiple
+    buckets = [*train_set.buckets, *(train_set.validation.buckets if train_set.validation else ())]
+    odd = next((b for b in buckets if b[0] % multiple or b[1] % multiple), None)
+    if odd is not None:
+        steps = -(-64 // multiple) * multiple
+        raise LoraGraftError(
+            "LG-CFG-004",
+            f"The bucket {odd[0]}x{odd[1]} is no size for '{base.family.name}'.",
+            where="resolution, bucket_reso_steps",
+            why=f"its sides have to be multiples of {multiple}.",
+            fix=f"build the dataset with bucket_reso_steps {steps}, and a resolution that is a multiple of it",
+        )
 
 
 def _check_validation(train_set: TrainSet, config: TrainConfig) -> None:

@@ -189,6 +189,18 @@ def test_kept_captions_train_as_those_encoded_at_each_step(training: runs.Traini
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
 
 
+def test_a_bucket_of_an_odd_size_is_refused(training: runs.Training, tmp_path: Path) -> None:
+    multiple = training.base.family.latent_multiple
+    tiny.write_images(tmp_path / "1_zibu", [(72, 72)])
+    options = {"resolution": 72, "bucket_reso_steps": 8, "min_bucket_reso": 32, "max_bucket_reso": 128}
+    odd = dataclasses.replace(training, train_set=runs.train_set(tmp_path, **options))
+    if 72 % multiple == 0:
+        assert runs.only(odd.events(**SHORT), api.Finished).step == 2
+        return
+    with Refusal("LG-CFG-004", "72x72", f"multiples of {multiple}", "bucket_reso_steps"):
+        odd.events(**SHORT)
+
+
 def test_captions_are_kept_by_default_where_no_encoder_is_trained(training: runs.Training) -> None:
     """An open rate means what is usual for the family."""
     usual = training.base.family.defaults.get("text_encoder_lr")

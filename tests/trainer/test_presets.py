@@ -10,15 +10,18 @@ import pytest
 
 from loragraft.trainer import api
 from loragraft.trainer.errors import LoraGraftError
-from loragraft.trainer.presets import KINDS, MEMORIES, MEMORY_SETTINGS, NETWORKS, PARTS
+from loragraft.trainer.presets import BASES, KINDS, MEMORIES, MEMORY_SETTINGS, NETWORKS, PARTS
+from loragraft_tests.trainer.data_folders import Refusal
 
 # Settings that only decide how a step is computed, and in how many passes.
 ONLY_MEMORY = {"train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}
 
 
 def combinations() -> Iterator[tuple[str, ...]]:
-    for parts in itertools.product((None, *KINDS), (None, *NETWORKS), (None, *MEMORIES)):
-        yield tuple(name for name in parts if name)
+    for parts in itertools.product((None, *KINDS), (None, *NETWORKS), (None, *BASES), (None, *MEMORIES)):
+        names = tuple(name for name in parts if name)
+        if not {"locon", "transformer"} <= set(names):
+            yield names
 
 
 @pytest.mark.parametrize("names", list(combinations()), ids=" ".join)
@@ -31,14 +34,23 @@ def test_every_combination_builds_a_valid_config_and_every_value_has_its_source(
     assert all(len(source) > 8 for source in preset.sources.values())
 
 
-@pytest.mark.parametrize("part", [KINDS, {n: (t, rows) for n, (t, _, rows) in NETWORKS.items()}, MEMORIES])
+@pytest.mark.parametrize(
+    "part", [KINDS, {n: (t, rows) for n, (t, _, rows) in NETWORKS.items()}, BASES, MEMORIES]
+)
 def test_a_preset_leaves_nothing_of_another_one_of_its_part(part: dict[str, tuple[str, Any]]) -> None:
     assert len({frozenset(rows) for _, rows in part.values()}) == 1
 
 
+def test_a_transformer_has_no_convolutions() -> None:
+    assert not {"conv_dim", "conv_alpha"} & set(api.preset(["style", "loha", "transformer"]).settings)
+    assert "conv_dim" in api.preset(["style", "loha", "sdxl"]).settings
+    with Refusal("LG-CFG-003", "locon", "no convolutions"):
+        api.preset(["locon", "transformer"])
+
+
 def test_the_parts_are_named_once_each() -> None:
     presets = api.presets()
-    assert len(presets) == len(KINDS) + len(NETWORKS) + len(MEMORIES) == 8
+    assert len(presets) == len(KINDS) + len(NETWORKS) + len(BASES) + len(MEMORIES) == 11
     assert {preset.part for preset in presets.values()} == set(PARTS)
     for preset in presets.values():
         assert preset.title and set(preset.sources) == set(preset.settings)

@@ -284,6 +284,6 @@ def test_another_vae_and_what_a_folder_has_no_place_for(
     )
     api.convert_checkpoint(tmp_path / "f", tmp_path / "y.safetensors", vae=checkpoint)
     equal(tmp_path / "y.safetensors", checkpoint)
-    with Refusal("LG-TOOL-013", "more.safetensors"):
+    with Refusal("LG-BASE-002", "more.safetensors"):
         save_file({"x": torch.ones(1)}, file)
         api.convert_checkpoint(tmp_path / "f", tmp_path / "z.safetensors", vae=file)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +27,6 @@ from ..parts import Parts
 from .convert import to_common
 from .deltas import ON_WEIGHT, bias_change, delta, refusal
 from .embeddings import add_embeddings
-from .layout import read_vae
 from .look import Look, SampleSettings, check_look, look_of
 from .lora_file import LoraFile, read_lora
 from .samplers import SAMPLERS
@@ -61,10 +60,9 @@ def draw_images(
     loras: Sequence[tuple[Path, float]] = (),
     lora_folder: Path | None = None,
     embeddings: Sequence[Path] = (),
-    vae: Path | None = None,
     device: torch.device | str | None = None,
 ) -> Iterator[Drawing]:
-    """Yield an image for every prompt and seed, in this order; ``vae`` is another VAE's file.
+    """Yield an image for every prompt and seed, in this order.
 
     LoRA tags in prompts are looked up in ``lora_folder``. Raises LG-TOOL-005, -010, -015, -016.
     """
@@ -75,11 +73,11 @@ def draw_images(
     for prompt, own in read:
         wanted = (*loras, *own)
         if parts is None or wanted != merged:
-            parts, merged = _ready(base, wanted, embeddings, vae, settings, device), wanted
+            parts, merged = _ready(base, wanted, embeddings, settings, device), wanted
         for start in range(0, len(seeds), settings.batch):
             batch = seeds[start : start + settings.batch]
             for image, seed in zip(_draw(base, parts, prompt, batch, look, settings), batch, strict=True):
-                told = parameters(base, prompt, seed, look, settings, wanted, vae)
+                told = parameters(base, prompt, seed, look, settings, wanted)
                 yield Drawing(image, prompt, seed, told, str(look))
 
 
@@ -114,7 +112,6 @@ def parameters(
     look: Look,
     settings: SampleSettings,
     loras: Sequence[tuple[Path, float]],
-    vae: Path | None,
 ) -> str:
     """Return what an image was drawn with, in the form that webui writes and others read."""
     height, width = look.size
@@ -132,8 +129,8 @@ def parameters(
         told["Clip skip"] = settings.clip_skip
     if settings.velocity:
         told["Prediction"] = "v"
-    if vae is not None or base.vae_name:
-        told["VAE"] = vae.stem if vae is not None else base.vae_name
+    if base.vae_name:
+        told["VAE"] = base.vae_name
     if loras:
         told["Lora"] = " ".join(f"{path.stem}:{strength:g}" for path, strength in loras)
     negative = f"\nNegative prompt: {settings.negative}" if settings.negative else ""
@@ -194,13 +191,10 @@ def _ready(
     base: Base,
     loras: Sequence[tuple[Path, float]],
     embeddings: Sequence[Path],
-    vae: Path | None,
     settings: SampleSettings,
     device: torch.device | str | None,
 ) -> Parts:
     """Load the base with everything in it, on the device and in the arithmetic's precision."""
-    if vae is not None:
-        base = replace(base, state_dicts={**base.state_dicts, "vae": read_vae(vae)}, known_hash=None)
     files = [(read_lora(path), strength) for path, strength in loras]
     for file, _ in files:
         _check_prediction(file, base, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import sys
 from itertools import pairwise
@@ -110,7 +111,7 @@ class ProbeEqual:
             "lora_moves": float((ours - plain).abs().max()),
             "deviation": float(theirs.std()),
         }
-        if base.family.name in pipelines.PIPES:
+        if base.family.name in pipelines.PIPES and importlib.util.find_spec("peft"):
             with pack("nodes.host").training_mode(), torch.no_grad():
                 fresh = self.in_float(base.load())
                 own = self.for_diffusers(base, file)
