@@ -87,8 +87,10 @@ check: $(VENV)/.ready  ## ruff, mypy, floors, what ships
 check-deps: $(VENV)/.ready  ## installing our requirements changes no package of ComfyUI's (network)
 	$(PYTEST) -m network tests/test_dependencies.py
 
-bench: $(VENV)/.ready  ## ours against its peers, by turns: the cases for this machine
-	$(PY) -m benchmarks.run
+ARCHITECTURE ?= sd15
+
+bench: $(VENV)/.ready  ## ours against its peers, by turns: the cases for this machine (ARCHITECTURE=sd15, sdxl, flux-1-2)
+	$(PY) -m benchmarks.run --architecture $(ARCHITECTURE)
 
 bench-check: $(VENV)/.ready  ## fails if ours lost more than 5 % against the plain loop since the stored result
 	$(PY) -m benchmarks.gate
@@ -100,8 +102,10 @@ fmt: $(VENV)/.ready  ## format, and fix what ruff can fix
 bench-dataset: $(VENV)/.ready  ## the dataset steps: against kohya's set-up, and one core against all
 	$(PY) -m benchmarks.dataset
 
-bench-gpu: $(VENV)/.ready  ## on a machine with a GPU: all measurements in ten minutes, one results file
-	$(PY) -m benchmarks.gpu
+PLAN ?= sd15
+
+bench-gpu: $(VENV)/.ready  ## on a machine with a GPU: one plan in ten minutes (PLAN=sd15, sdxl, flux, smallest)
+	$(PY) -m benchmarks.gpu $(PLAN)
 
 bench-profile: $(VENV)/.ready  ## where a step of ours goes, and what it dispatches
 	$(PY) -m benchmarks.step_profile

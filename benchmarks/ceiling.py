@@ -78,11 +78,12 @@ def step_flops(name: str, resolution: int, batch_size: int, rank: int) -> dict[s
     """Count a step of an architecture's denoiser with a LoRA on each target, on tensors without memory."""
     pack()
     import torch
+    from torch import nn
+    from torch.utils.flop_counter import FlopCounterMode
+
     from loragraft.trainer.families import FAMILIES
     from loragraft.trainer.families.base import Reading
     from loragraft.trainer.parts import Parts
-    from torch import nn
-    from torch.utils.flop_counter import FlopCounterMode
 
     from .shapes import modules_of
 

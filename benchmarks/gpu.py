@@ -1,8 +1,8 @@
-"""The measurements of one plan on a GPU in one call of less than ten minutes, into one file.
+"""The measurements of one plan on a GPU in one call of less than ten minutes. `make bench-gpu PLAN=sd15`.
 
-`make bench-gpu PLAN=sd15`, and so on for each of `PLANS`: an architecture's cases, where a step goes, for
-SD1.5 LoRAs side by side, and the planner's prediction against the measured peak. The results file is written again after each run, most important first; what the time does not
-suffice for is left out with a word.
+A plan of `PLANS` is an architecture's cases, where a step goes, for SD1.5 LoRAs side by side, and the
+planner's prediction of memory against the measured peak. The results file is written again after each run,
+most important first; what the time does not suffice for is left out with a word.
 """
 
 from __future__ import annotations

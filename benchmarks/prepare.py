@@ -1,4 +1,7 @@
-"""Write what all trainers read: `python -m benchmarks.prepare FOLDER RESOLUTION IMAGES REPEATS ARCHITECTURE`."""
+"""Write what all trainers read.
+
+`python -m benchmarks.prepare FOLDER RESOLUTION IMAGES REPEATS ARCHITECTURE`
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,8 @@ def prepare(folder: Path, resolution: int, shared: Path, architecture: str = "sd
     env = {"LORAGRAFT_SCRATCH": str(shared), **os.environ}
     done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env=env)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    paths = (Path(found.pop(name)) for name in ("checkpoint", "images", "tokenizer"))
-    return Prepared(*paths, **found)
+    checkpoint, images, tokenizer = (Path(found[name]) for name in ("checkpoint", "images", "tokenizer"))
+    return Prepared(checkpoint, images, tokenizer, found["files"], found["tokenizers"])
 
 
 def settings_for(trainer: str, settings: dict[str, Any], case: Case) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def sdxl(
     depths: tuple[int, ...] = (1, 2, 10),
     clip_l: dict[str, int] | None = None,
     clip_g: dict[str, int] | None = None,
-    **of_vae: Any,
+    vae_widths: tuple[int, ...] = VAE_WIDTHS,
 ) -> Modules:
     """Return SDXL's parts; a head is 64 wide."""
     from diffusers import UNet2DConditionModel
@@ -56,7 +56,7 @@ def sdxl(
     )
     return {
         "denoiser": unet,
-        "vae": vae(4, **of_vae),
+        "vae": vae(4, vae_widths),
         "text_encoder": clip(**clip_l),
         "text_encoder_2": clip(projected=True, hidden_act="gelu", **clip_g),
     }
@@ -69,7 +69,7 @@ def flux(
     heads: int = 24,
     clip_l: dict[str, int] | None = None,
     t5_xxl: dict[str, int] | None = None,
-    **of_vae: Any,
+    vae_widths: tuple[int, ...] = VAE_WIDTHS,
 ) -> Modules:
     """Return the parts of Flux.1 dev with so many blocks of each kind."""
     from loragraft.trainer.families.flux_blocks import FluxTransformer
@@ -90,7 +90,7 @@ def flux(
     no_convolutions = {"use_quant_conv": False, "use_post_quant_conv": False}
     return {
         "denoiser": transformer,
-        "vae": vae(16, **no_convolutions, **of_vae),
+        "vae": vae(16, vae_widths, **no_convolutions),
         "text_encoder": clip(**clip_l),
         "text_encoder_2": t5(**t5_xxl),
     }

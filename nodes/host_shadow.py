@@ -39,4 +39,4 @@ def shadow(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
         plain = next((kind for kind in PLAIN if isinstance(layer, kind)), None)
         if plain is not None and type(layer) is not plain and type(layer).__module__ == HOSTS:
             layer.__class__ = plain
-    return copied.requires_grad_(False).eval()
+    return copied.requires_grad_(False).train(False)

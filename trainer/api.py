@@ -275,7 +275,7 @@ def open_base(
     ``allow_download``. Raises LG-BASE errors.
     """
     given = [tokenizer] if isinstance(tokenizer, str | Path) else tokenizer or ()
-    path, folder = Path(path), [Path(each) for each in given]
+    path, folder = Path(path), [Path(each) for each in given if str(each)]
     if not path.is_dir():
         own_vae, texts = Path(vae) if vae else None, [Path(text) for text in text_encoders]
         return opening.open_file(

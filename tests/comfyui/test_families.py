@@ -274,3 +274,28 @@ def test_a_base_that_predicts_velocity_needs_the_setting(server: Comfy, family: 
     del graph["loss"], graph["train"]["inputs"]["settings"]
     with pytest.raises(ServerError, match="LG-NODE-006"):
         server.run(graph)
+
+
+SHIFTS: dict[str, dict[str, Any]] = {
+    "sd35": prompts.node("ModelSamplingSD3", shift=5.0),
+    "flux": prompts.node("ModelSamplingFlux", max_shift=1.2, base_shift=0.4, width=64, height=64),
+}
+
+
+@pytest.mark.parametrize("family", SHIFTS)
+def test_a_shift_of_the_levels_that_are_sampled_is_no_other_model(server: Comfy, family: str) -> None:
+    graph = train_prompt(family, max_train_steps=1, output_name=f"shifted_{family}")
+    graph["shift"] = {**SHIFTS[family], "inputs": {**SHIFTS[family]["inputs"], "model": ["base", 0]}}
+    graph["train"]["inputs"]["model"] = ["shift", 0]
+    outputs = server.run(graph)
+    assert outputs["train"]["loragraft"][0]["step"] == 1
+
+
+def test_a_flow_that_is_sampled_as_something_else_is_refused(server: Comfy) -> None:
+    graph = train_prompt("flux", max_train_steps=1)
+    graph["odd"] = prompts.node(
+        "ModelSamplingDiscrete", model=["base", 0], sampling="v_prediction", zsnr=False
+    )
+    graph["train"]["inputs"]["model"] = ["odd", 0]
+    with pytest.raises(ServerError, match="LG-NODE-006"):
+        server.run(graph)

@@ -5,17 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from loragraft.trainer import api
-from loragraft.trainer.tools import extract, lora_file, places
+from loragraft.trainer.engine.precision import place, resolve
+from loragraft.trainer.families import drawing
+from loragraft.trainer.families.base import Reading
+from loragraft.trainer.tools import extract, lora_file, places, sigmas
 from loragraft.trainer.tools.architecture import architecture_of
 from loragraft.trainer.tools.convert import convert_naming, naming_of, to_common
 from loragraft.trainer.tools.deltas import delta
 from loragraft.trainer.tools.sample import merge_into_modules
 from loragraft_tests.trainer import tiny_families
+from loragraft_tests.trainer.data_folders import Refusal
 
 ARCHITECTURES = {
     **{"sd15": "sd", "sd35_large": "sd3", "sd35_medium": "sd3", "flux_schnell": "flux"},
@@ -158,3 +163,64 @@ def test_the_difference_of_two_checkpoints_is_the_lora_between_them(
         )
     for key in ("ss_base_model_version", "modelspec.architecture"):
         assert found.metadata[key] == tiny_base.family.metadata[key]
+
+
+def drawn(base: api.Base, **more: Any) -> list[api.Drawing]:
+    options = {"size": (64, 96), "steps": 2, "mixed_precision": "fp32", **more.pop("settings", {})}
+    return list(api.draw_images(base, ["a"], [1], api.SampleSettings(**options), device="cpu", **more))
+
+
+def test_images_are_drawn_with_a_lora(tiny_base: api.Base, lora: lora_file.LoraFile, tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    lora_file.save_lora(file, lora.tensors(), lora.metadata, precision="fp32")
+    (without,), (with_lora,) = drawn(tiny_base), drawn(tiny_base, loras=[(file, 4.0)])
+    assert without.image.size == (96, 64)
+    assert np.abs(np.asarray(without.image, int) - np.asarray(with_lora.image, int)).max() > 3
+    look = tiny_base.family.look
+    sampler = "euler, Schedule type: own" if isinstance(tiny_base.family.objective, api.Flow) else "dpmpp_2m"
+    assert f"Steps: 2, Sampler: {sampler}" in without.parameters
+    assert f"CFG scale: {look.cfg:g}" in without.parameters
+    assert ("Distilled CFG Scale: 3.5" in without.parameters) == (look.guidance is not None)
+    for schedule in ("normal", "karras", "sgm_uniform"):
+        (other,) = drawn(tiny_base, settings={"schedule": schedule, "sampler": "dpmpp_2m"})
+        assert len(np.unique(np.asarray(other.image))) > 10, "noise in, no noise out"
+
+
+def test_what_has_no_effect_is_refused(tiny_base: api.Base, tmp_path: Path) -> None:
+    family = tiny_base.family
+    flows = isinstance(family.objective, api.Flow)
+    for settings, why, refused in (
+        ({"size": (64, 72)}, "multiples of", family.latent_multiple == 16),
+        ({"sampler": "euler_a"}, "euler_a", flows),
+        ({"negative": "b", "cfg": 1.0}, "negative prompt", True),
+        ({"guidance": 4.0}, "guidance", family.look.guidance is None),
+        ({"clip_skip": 2}, "clip_skip", "clip_skip" in family.ignored),
+    ):
+        if refused:
+            with Refusal("LG-TOOL-005", why):
+                drawn(tiny_base, settings=settings)
+        else:
+            assert drawn(tiny_base, settings=settings)
+
+
+def test_the_authors_schedule_is_the_familys(tiny_base: api.Base) -> None:
+    """Euler along it draws what the family's own loop draws."""
+    family = tiny_base.family
+    parts = tiny_base.load()
+    place(parts, resolve("fp32", torch.device("cpu")), owned=True, text_at_every_step=False)
+    look = family.look
+    guided = drawing.Guided("", look.cfg, look.guidance)
+    reading = Reading(weighted="weighted_captions" not in family.ignored, keep_mean=True)
+    (wanted,) = drawing.sample(
+        family, parts, ["a"], seeds=[1], size=(64, 96), steps=2, guided=guided, reading=reading
+    )
+    (found,) = drawn(tiny_base, settings={"sampler": "euler", "schedule": "own"})
+    assert np.abs(np.asarray(found.image, int) - np.asarray(wanted, int)).max() <= 1
+
+
+def test_a_level_does_not_depend_on_the_tables_length() -> None:
+    """FLUX.2's shift follows the steps that are taken, not the table that a schedule is read from."""
+    objective = api.FAMILIES["flux2"].objective
+    own = objective.sigmas_for(8, (1024, 1024))
+    table = sigmas.levels("sgm_uniform", objective, 8, (1024, 1024))
+    torch.testing.assert_close(table, own, rtol=0, atol=2e-3)

@@ -62,7 +62,7 @@ def load_gemma(sd: Tensors, tokenizer: Any, family: str) -> nn.Module:
             why="captions would be read as other words than the base model learnt.",
             fix="name the tokenizer folder that belongs to this base model",
         )
-    return cast(nn.Module, model.eval())
+    return cast(nn.Module, model.train(False))
 
 
 def _give_scale(model: Any) -> None:

@@ -89,7 +89,7 @@ def load_t5(sd: Tensors, family: str, *, what: str = "T5 text encoder") -> nn.Mo
     model = built(what, family, build)
     cast(Any, model).encoder.embed_tokens = cast(Any, model).shared
     assign(model, Pieced(weights, {**{name: name for name in weights}, EMBEDDING: SHARED}), what, family)
-    return model.eval()
+    return model.train(False)
 
 
 def check_t5_tokenizer(tokenizer: Any, encoder: nn.Module) -> None:

@@ -110,7 +110,9 @@ def to_folder(
     LG-BASE errors.
     """
     weights = open_weights(checkpoint)
-    name = detect(joined(list(parts_of(Source(checkpoint.name, weights)).values())), where=checkpoint.name).name
+    name = detect(
+        joined(list(parts_of(Source(checkpoint.name, weights)).values())), where=checkpoint.name
+    ).name
     if name not in LAYOUTS:
         raise LoraGraftError(
             "LG-TOOL-013",
@@ -129,7 +131,9 @@ def to_folder(
         write_stream(file, forms, lambda name, held=source: unpacked(held[name]), {"format": "pt"}, tell=tell)
         _write_json(inside / "config.json", _config(part, source, layout))
     for part, (_, pad) in layout.texts.items():
-        _copy_tokenizer(base.tokenizer_folders["clip"], output / part.replace("text_encoder", "tokenizer"), pad)
+        _copy_tokenizer(
+            base.tokenizer_folders["clip"], output / part.replace("text_encoder", "tokenizer"), pad
+        )
     _write_json(output / "scheduler" / "scheduler_config.json", _scheduler(base, layout))
     _write_json(output / "model_index.json", _index(parts, layout))
     return sorted(_left_out(weights, base))
