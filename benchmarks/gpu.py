@@ -67,7 +67,10 @@ PLANS: dict[str, Plan] = {
         longest_s=80.0,
     ),
     "flux": Plan(
-        [("flux-1024-b1", PEERS_FIRST)], [("flux-1024-b1", ENGINES)], "flux-1024-b1", longest_s=120.0
+        [("flux-1024-b1", PEERS_FIRST)],
+        [("flux-1024-b1", ["diffusers loop", *ENGINES])],
+        "flux-1024-b1",
+        longest_s=120.0,
     ),
     "smallest": Plan(
         [("flux-1024-b1", SMALLEST), ("sdxl-1024-b1", SMALLEST), ("sd15-512-b1", SMALLEST)],
@@ -78,7 +81,7 @@ PLANS: dict[str, Plan] = {
     # of Flux.1's true width with fewer blocks: a card with 24 GB, and a check of the call itself
     "flux-4-8": Plan(
         [("flux-4-8-1024-b1", PEERS_FIRST)],
-        [("flux-4-8-1024-b1", [*ENGINES, "ours checkpointed", "ours nf4 base"])],
+        [("flux-4-8-1024-b1", ["diffusers loop", *ENGINES, "ours checkpointed", "ours nf4 base"])],
         "flux-4-8-1024-b1",
         longest_s=80.0,
     ),

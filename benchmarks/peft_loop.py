@@ -1,16 +1,17 @@
 """A peer: peft's LoRA in a plain loop, eager. `python -m benchmarks.peft_loop JOB.json`.
 
 The denoiser is diffusers' own class where the family has one, and for Flux the one with the fused layers of
-its single file, so that the LoRA is the same as ours and kohya's. The loop starts from our LoRA's start
-values and is fed our draws, so its losses must be ours, step by step: it is the check that our faster paths
-compute the same function. bf16 is done as diffusers' own example scripts do it: the base in bf16, the
-adapter in fp32, the forward pass under autocast.
+its single file, so that the LoRA is the same as ours and kohya's ("diffusers loop": see `diffusers_flux`).
+The loop starts from our LoRA's start values and is fed our draws, so its losses must be ours, step by step:
+it is the check that our faster paths compute the same function. bf16 is done as diffusers' own example
+scripts do it: the base in bf16, the adapter in fp32, the forward pass under autocast.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,19 @@ def main() -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[work.precision]
     base = open_base(work)
     parts = base.load()
+    if work.settings.get("diffusers"):
+        from .diffusers_flux import DiffusersFlux
+
+        parts.denoiser = DiffusersFlux(parts.denoiser)
     parts.denoiser.to(device, dtype)
     parts.text_encoders.to(device, dtype)
     parts.vae.to(device, torch.float32)
-    trained = inject(work, base, parts)
+    trained = inject_anew(work, parts) if work.settings.get("diffusers") else inject(work, base, parts)
 
     def autocast() -> contextlib.AbstractContextManager[object]:
         return torch.autocast(device.type, dtype) if work.precision != "fp32" else contextlib.nullcontext()
 
-    data, config = settings(work)
+    data, config = settings(replace(work, settings={}))
     config, _ = for_base(config, base)
     train_set = api.build_train_set(api.scan_folder(work.images), data)
     inputs = Inputs(
@@ -109,6 +114,23 @@ def inject(work: Work, base: Any, parts: Any) -> list[Any]:
                 bound = down.weight[0].numel() ** -0.5
                 down.weight.data.copy_((start.view(down.weight.shape) * 2 - 1) * bound)
                 trained += [down.weight, up.weight]
+    return trained
+
+
+def inject_anew(work: Work, parts: Any) -> list[Any]:
+    """Put peft's LoRA with its own start values on the layers of diffusers' transformer."""
+    import torch
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from .diffusers_flux import TARGETS
+
+    torch.manual_seed(work.seed)
+    inject_adapter_in_model(
+        LoraConfig(r=work.rank, lora_alpha=work.alpha, target_modules=TARGETS), parts.denoiser
+    )
+    trained = [p for name, p in parts.denoiser.named_parameters() if ".lora_" in name]
+    for weight in trained:
+        weight.data = weight.data.float()
     return trained
 
 

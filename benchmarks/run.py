@@ -58,6 +58,7 @@ def _no_peft() -> str | None:
 
 
 ONLY_SD15 = ("sd15",)
+FLUX_ONLY = tuple(name for name, known in ARCHITECTURES.items() if known.family == "flux")
 ONETRAINER = Trainer(
     onetrainer.command, onetrainer.STEP, onetrainer.folder, onetrainer.versions, architectures=ONLY_SD15
 )
@@ -71,6 +72,10 @@ PEER_TABLE: dict[str, tuple[Trainer, Callable[[], str | None]]] = {
         for name, settings in KOHYA_VARIANTS.items()
     },
     "peft loop": (Trainer(_script("peft_loop")), _no_peft),
+    "diffusers loop": (
+        Trainer(_script("peft_loop"), settings={"diffusers": True}, architectures=FLUX_ONLY),
+        _no_peft,
+    ),
     **{
         name: (
             Trainer(

@@ -18,7 +18,7 @@ from .host_weights import base_name, hashes
 def open_any(model: Any, clip: Any, vae: Any) -> api.Base:
     """Open the base that MODEL, CLIP and VAE make, on their own storage; its hash is remembered.
 
-    Raises LG-NODE-002, -004, -005, -017, -019.
+    Raises LG-NODE-002, -004, -005, -017.
     """
     check_plain(model, clip, vae)
     denoiser = model.model.diffusion_model

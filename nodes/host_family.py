@@ -58,9 +58,10 @@ class HostFamily:
 
     def __init__(self, model: Any, clip: Any, vae: Any) -> None:
         self.inner, self.clip, self.vae = model.model, clip, vae
+        self.sampling = model.get_model_object("model_sampling")  # a node may have changed it
         kind = type(self.inner).__name__
         self.name = f"comfyui-{kind}"
-        self.objective = objective_of(self.inner.model_sampling, kind)
+        self.objective = objective_of(self.sampling, kind)
         self.is_flow = isinstance(self.objective, api.Flow)
         self.look = api.Look(20, 4.0)
         self.compression = int(vae.spacial_compression_encode())
@@ -209,15 +210,7 @@ class HostFamily:
         """Return ComfyUI's conditioning of a text by the names that extra_conds knows."""
         with torch.no_grad():
             encoded = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
-        if len(encoded) != 1:
-            raise LoraGraftError(
-                "LG-NODE-019",
-                "The CLIP gives a caption several conditionings by turns.",
-                where="CLIP",
-                why="a hook changes them over the steps of sampling, and training has no such steps.",
-                fix="link the CLIP without hooks",
-            )
-        cond, more = encoded[0]
+        cond, more = encoded[0]  # a CLIP with hooks, which gives several by turns, was refused
         named = {"cross_attn": cond, **more}
         return {
             name: value.float().clone() if torch.is_tensor(value) and value.is_floating_point() else value
@@ -227,7 +220,8 @@ class HostFamily:
     def _around(self, parts: Any) -> Any:
         """Return the host's model with the trained denoiser in it, computing in the run's precision."""
         wrapped = copy.copy(self.inner)
-        wrapped._modules = {**self.inner._modules, "diffusion_model": parts.denoiser}
+        own = {"diffusion_model": parts.denoiser, "model_sampling": self.sampling}
+        wrapped._modules = {**self.inner._modules, **own}
         wrapped.manual_cast_dtype = parts.dtype
         wrapped.current_patcher = None
         return wrapped

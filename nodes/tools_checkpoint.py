@@ -9,7 +9,11 @@ from comfy_api.latest import io
 from . import tools_inputs as inputs
 from .step_progress import teller
 
-CHECKPOINT_TOOLTIP = "Checkpoint file below models/checkpoints, with .safetensors."
+CHECKPOINT_TOOLTIP = (
+    "Checkpoint file below models/checkpoints, or a denoiser's below models/diffusion_models, "
+    "with .safetensors."
+)
+MODELS = ("checkpoints", "diffusion_models")  # folders in which a name is looked for
 
 
 class MergeIntoCheckpoint(io.ComfyNode):
@@ -61,7 +65,8 @@ class MergeIntoCheckpoint(io.ComfyNode):
         from . import host_files
 
         names = (line.rpartition(":")[0] or line for line in (loras or "").splitlines())
-        return host_files.stamp("checkpoints", checkpoint or "") + "\n" + host_files.stamp("loras", *names)
+        stamp = host_files.stamp(_kind(checkpoint or ""), checkpoint or "")
+        return stamp + "\n" + host_files.stamp("loras", *names)
 
     @classmethod
     def execute(
@@ -76,12 +81,13 @@ class MergeIntoCheckpoint(io.ComfyNode):
         from . import host, host_files
 
         where = "Merge into Checkpoint"
-        source = host_files.existing("checkpoints", checkpoint, widget=f"{where}: checkpoint")
+        kind = _kind(checkpoint)
+        source = host_files.existing(kind, checkpoint, widget=f"{where}: checkpoint")
         pairs = inputs.files_and_ratios(loras)
         files = [
             (host_files.existing("loras", name, widget=f"{where}: loras"), ratio) for name, ratio in pairs
         ]
-        output = api.Output(host_files.new_file("checkpoints", output_name), save_precision, overwrite)
+        output = api.Output(host_files.new_file(kind, output_name), save_precision, overwrite)
         return inputs.done(
             api.merge_checkpoint(source, files, output, device=str(host.device()), tell=teller())
         )
@@ -161,7 +167,7 @@ class ExtractLoRA(io.ComfyNode):
         """Change when a checkpoint changes."""
         from . import host_files
 
-        return host_files.stamp("checkpoints", original or "", tuned or "")
+        return "\n".join(host_files.stamp(_kind(name or ""), name or "") for name in (original, tuned))
 
     @classmethod
     def execute(
@@ -180,8 +186,8 @@ class ExtractLoRA(io.ComfyNode):
         from . import host, host_files
 
         where = "Extract LoRA"
-        first = host_files.existing("checkpoints", original, widget=f"{where}: original")
-        second = host_files.existing("checkpoints", tuned, widget=f"{where}: tuned")
+        first = host_files.existing(_kind(original), original, widget=f"{where}: original")
+        second = host_files.existing(_kind(tuned), tuned, widget=f"{where}: tuned")
         output = api.Output(host_files.new_file("loras", output_name), save_precision, overwrite)
         settings = api.ExtractSettings(rank, conv_rank or None, clamp_quantile, min_diff)
         return inputs.done(
@@ -200,8 +206,8 @@ class ConvertCheckpoint(io.ComfyNode):
             category=inputs.CATEGORY,
             description="Turns a diffusers folder below models/diffusers into a single file in "
             "models/checkpoints, or "
-            "a checkpoint into such a folder; every value stays as it is. For SD1.x, with another VAE if "
-            "wanted.",
+            "a checkpoint into such a folder; every value stays as it is. Folders of all supported base "
+            "models, files of SD1.x, SD2.x and SDXL; with another VAE if wanted.",
             search_aliases=["diffusers to ckpt", "ckpt to diffusers", "single file", "replace vae"],
             is_output_node=True,
             inputs=[
@@ -281,10 +287,17 @@ def _model(name: str) -> Any:
     return host_files.existing(kind, name, widget="Convert Checkpoint: model", folder_too=kind == "diffusers")
 
 
+def _kind(name: str) -> str:
+    """Return which of MODELS has a file of this name; the first where none has."""
+    from . import host_files
+
+    return next((kind for kind in MODELS if host_files.stamp(kind, name) != "missing"), MODELS[0])
+
+
 def _check_models(**models: str | None) -> None:
     """Check checkpoints by their widgets' names; None is an input that is linked."""
     from . import host_files
 
     for widget, name in models.items():
         if name is not None:
-            host_files.existing("checkpoints", name, widget=widget)
+            host_files.existing(_kind(name), name, widget=widget)

@@ -186,7 +186,7 @@ class ConvertLoRA(io.ComfyNode):
             category=inputs.CATEGORY,
             description="Writes a LoRA under the names of kohya's trainer, of diffusers (PEFT) or of "
             "ComfyUI; what "
-            "it does stays the same. For SD1.x, SD2.x, SDXL and Flux.1.",
+            "it does stays the same. For all supported base models.",
             search_aliases=["peft", "diffusers", "rename keys", "format"],
             is_output_node=True,
             inputs=[

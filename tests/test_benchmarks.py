@@ -412,6 +412,23 @@ def test_ours_and_the_plain_loop_take_the_same_steps(
     assert losses[ours] == pytest.approx(losses[peft_loop], rel=1e-4)
 
 
+def test_diffusers_own_flux_begins_with_the_same_loss(
+    a_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft", reason="the plain loop's LoRA is peft's: pip install peft")
+    work = dataclasses.replace(a_job("flux"), learning_rate=1e-2)
+    losses = []
+    for settings in ({}, {"diffusers": True}):
+        job = dataclasses.replace(work, settings=settings).write(tmp_path / "job.json")
+        monkeypatch.setattr(sys, "argv", ["", str(job)])
+        peft_loop.main()
+        said = capfd.readouterr().out.encode()
+        losses.append([float(step[3]) for step in process.OWN_STEP.finditer(said)])
+    fused, apart = losses
+    assert apart[0] == pytest.approx(fused[0], rel=1e-5) and len(apart) == 2
+    assert apart[1] == pytest.approx(fused[1], rel=0.05) and apart[1] != fused[1], "it has another LoRA"
+
+
 def test_a_models_parts_lie_in_files_of_their_own(a_job: Any) -> None:
     work = a_job("flux")
     assert set(work.files) == {"vae", "clip_l", "t5xxl"}

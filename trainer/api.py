@@ -87,10 +87,11 @@ from .tools.jobs import (
     resize_lora,
 )
 from .tools.layout import convert_checkpoint
+from .tools.look import SampleSettings
 from .tools.merge import MergeSettings
 from .tools.naming import NAMINGS
 from .tools.resize import ResizeSettings
-from .tools.sample import Drawing, SampleSettings, draw_images
+from .tools.sample import Drawing, draw_images
 from .tools.samplers import SAMPLERS
 from .tools.sigmas import SCHEDULES
 from .tools.wildcards import expand_wildcards, pick_wildcards, without_words

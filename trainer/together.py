@@ -235,7 +235,7 @@ def _check_sizes(train_set: TrainSet, base: Base) -> None:
             f"The bucket {odd[0]}x{odd[1]} is no size for '{base.family.name}'.",
             where="resolution, bucket_reso_steps",
             why=f"its sides have to be multiples of {multiple}.",
-            fix=f"build the dataset with bucket_reso_steps {steps}, and a resolution that is a multiple of it",
+            fix=f"build the dataset with bucket_reso_steps {steps}, and a resolution that is a multiple",
         )
 
 

@@ -68,3 +68,21 @@ def test_a_caption_that_is_too_long_is_refused(server: Comfy) -> None:
     graph["build"]["inputs"]["caption_suffix"] = "x" * 5000
     with pytest.raises(ServerError, match="LG-NODE-018"):
         server.run(graph)
+
+
+def test_a_model_that_is_sampled_otherwise_is_refused(server: Comfy) -> None:
+    graph = train("auraflow", output_name="never")
+    edm = {"sampling": "edm", "sigma_max": 80.0, "sigma_min": 0.002}
+    graph["edm"] = prompts.node("ModelSamplingContinuousEDM", model=["base", 0], **edm)
+    graph["train"]["inputs"]["model"] = ["edm", 0]
+    with pytest.raises(ServerError, match="LG-NODE-017"):
+        server.run(graph)
+
+
+def test_a_shift_of_the_models_sampling_is_trained_with(server: Comfy) -> None:
+    graph = train("auraflow", output_name="any_shifted")
+    graph["shift"] = prompts.node("ModelSamplingAuraFlow", model=["base", 0], shift=3.5)
+    graph["train"]["inputs"]["model"] = ["shift", 0]
+    before = len(server.log)
+    assert server.run(graph)["train"]["loragraft"][0]["step"] == 3
+    assert "discrete_flow_shift is 3.5" in server.log[before:]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loragraft.trainer import api
 from loragraft_tests.comfyui import prompts
@@ -104,6 +104,25 @@ def test_a_merged_checkpoint_draws_as_the_lora(server: Comfy, folder: Path) -> N
     found = picture(server, at(name, 1.0), "extract")
     assert np.abs(lora - found).mean() < 0.15 * np.abs(lora - plain).mean()
     assert "is not in the LoRA" in report
+
+
+def test_a_denoiser_in_a_file_of_its_own(server: Comfy, folder: Path) -> None:
+    """Where people keep Flux and its like: models/diffusion_models."""
+    weights = load_file(folder / "checkpoints" / "demo.safetensors")
+    prefix = "model.diffusion_model."
+    unet = {k.removeprefix(prefix): v.float() for k, v in weights.items() if k.startswith(prefix)}
+    key = next(k for k in unet if k.endswith("attn1.to_q.weight"))
+    tuned = {**unet, key: unet[key] + 0.01}
+    for name, tensors in (("own", unet), ("tuned", tuned)):
+        save_file(tensors, folder / "diffusion_models" / f"{name}.safetensors")
+    settings = {"rank": 1, "conv_rank": 0, "clamp_quantile": 1.0, "min_diff": 0.0}
+    pair = {"original": "own.safetensors", "tuned": "tuned.safetensors", "output_name": "of denoisers"}
+    lora, _ = texts(server.run(tool("ExtractLoRA", **pair, **settings)))
+    merge = {"checkpoint": "own.safetensors", "loras": f"{lora}: 1", "output_name": "merged denoiser"}
+    name, _ = texts(server.run(tool("MergeIntoCheckpoint", **merge, save_precision="same")))
+    found = load_file(folder / "diffusion_models" / name)
+    assert found.keys() == tuned.keys()
+    assert all((found[k] - tuned[k]).abs().max() < 1e-5 for k in tuned)
 
 
 def test_merged_loras_draw_as_both(server: Comfy, folder: Path) -> None:

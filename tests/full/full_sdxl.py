@@ -1,12 +1,14 @@
-"""Random weights of SDXL's true size, in memory, under the names by which a ComfyUI holds them."""
+"""Random weights of SDXL's true size: in memory as a ComfyUI has them, or as a file as published ones are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
 
+NAME = "sdxl_random_checkpoint.safetensors"
 VOCABULARY = 49408
 POOL = 2**24 + 61  # random values that all tensors are made of; odd, so that no two begin alike
 TEXTS = {"clip_l": (768, 3072, 12, 12), "clip_g": (1280, 5120, 32, 20)}
@@ -72,22 +74,43 @@ def named() -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"text_encoders.{kind}.transformer.{name}", tensor
 
 
-def weights(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """Return the weights: norms at 1 and 0, the rest uniform in +-1/sqrt(fan_in), cut from one pool."""
-    pool = torch.empty(POOL).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    filled: dict[str, torch.Tensor] = {}
-    begin = 0
-    for name, shape in named():
-        values = torch.empty(shape.shape, dtype=dtype)
-        if shape.ndim == 1:
-            filled[name] = values.fill_(1.0 if name.endswith("weight") else 0.0)
-            continue
+class Values:
+    """Values for one tensor after the other: norms at 1 and 0, the rest uniform in +-1/sqrt(fan_in)."""
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        drawn = torch.empty(POOL).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed))
+        self.pool, self.begin = drawn.to(dtype), 0
+
+    def of(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """Return the values of a tensor, cut from one pool."""
+        values = torch.empty(shape, dtype=self.pool.dtype)
+        if len(shape) == 1:
+            return values.fill_(1.0 if name.endswith("weight") else 0.0)
         flat, done = values.view(-1), 0
         while done < flat.numel():
-            piece = pool[begin : begin + flat.numel() - done]
+            piece = self.pool[self.begin : self.begin + flat.numel() - done]
             flat[done : done + piece.numel()] = piece
             done += piece.numel()
-            begin = (begin + piece.numel()) % POOL
-        bound = 0.02 if "embedding.weight" in name else shape[0].numel() ** -0.5
-        filled[name] = values.mul_(bound)
-    return filled
+            self.begin = (self.begin + piece.numel()) % POOL
+        return values.mul_(0.02 if "embedding.weight" in name else shape[1:].numel() ** -0.5)
+
+
+def weights(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """Return all weights, 7 GB in bf16."""
+    values = Values(seed, dtype)
+    return {name: values.of(name, tensor.shape) for name, tensor in named()}
+
+
+def write_checkpoint(folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Return a checkpoint with published names in ``folder``, written tensor by tensor if it is not there."""
+    from loragraft.trainer.families import FAMILIES
+    from loragraft.trainer.tools.stream import write_stream
+
+    path = folder / NAME
+    if path.exists():
+        return path
+    family, values = FAMILIES["sdxl"], Values(seed, dtype)
+    shapes = {name: tensor.shape for name, tensor in family.join(family.split(dict(named()))).items()}
+    forms = {name: (dtype, tuple(shape)) for name, shape in shapes.items()}
+    write_stream(path, forms, lambda name: values.of(name, shapes[name]), {"format": "pt"})
+    return path

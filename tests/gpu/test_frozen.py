@@ -11,12 +11,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loragraft.trainer import api
+from loragraft.trainer.engine.file_formats import FILE_FORMATS
 from loragraft.trainer.engine.frozen import FROZEN, freeze
+from loragraft.trainer.engine.packed_tensor import unpacked
 from loragraft.trainer.engine.precision import place, resolve
 from loragraft.trainer.engine.storage import FORMATS
 from loragraft.trainer.families import drawing
 from loragraft.trainer.families.base import Reading
-from loragraft_tests.trainer import tiny
+from loragraft_tests.trainer import quantised_files, tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,6 +52,30 @@ def test_a_captured_layer_is_the_eager_one(storage: str) -> None:
     graph.replay()
     for found, expected in zip(captured, step(), strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", FILE_FORMATS)
+def test_weights_packed_in_a_file_are_unpacked_there_as_on_the_cpu(kind: str) -> None:
+    device = torch.device("cuda")
+    weight = quantised_files.packed_of(kind)
+    with torch.device("meta"):
+        body = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False))
+    body.load_state_dict({"0.weight": weight}, assign=True)
+    body.requires_grad_(False)
+    freeze(body, torch.float32, device)
+    found = body[0].weight.cpu()  # type: ignore[operator]
+    torch.testing.assert_close(found, unpacked(weight), rtol=1e-6, atol=1e-6)
+    x = torch.randn(4, weight.shape[1], device=device)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        body(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = body(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.testing.assert_close(captured, body(x), rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_host_holds_on_the_gpu_is_shared_and_the_rest_is_not_brought(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from loragraft.trainer.engine.ggml import BLOCK_TYPES, unpack_blocks
+from loragraft.trainer.engine.packed_tensor import PackedTensor
+from loragraft.trainer.engine.storage import Packed
 
 Tensors = Mapping[str, torch.Tensor]
 TYPE_IDS = {
@@ -165,3 +167,32 @@ def scaled_fp8(
 def as_bytes(value: Any) -> torch.Tensor:
     """Return JSON as a tensor of bytes."""
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def packed_of(kind: str, rows: int = 6, columns: int = 512) -> PackedTensor:
+    """Return a packed weight of any format, with random numbers in it."""
+    torch.manual_seed(0)
+    shape = torch.Size((rows, columns))
+    codes, exponents = torch.randint(0, 120, shape, dtype=torch.uint8), torch.full((rows, columns // 32), 125)
+    row = torch.rand(rows) + 0.5
+    tensors = {
+        "float8_e4m3fn": {"codes": codes, "scale": row},
+        "float8_e5m2": {"codes": codes},
+        "int8_tensorwise": {"codes": codes.view(torch.int8), "scale": row},
+        "mxfp8": {"codes": codes, "exponents": exponents.to(torch.uint8)},
+        "nvfp4": {
+            "codes": torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8),
+            "scales": torch.randint(40, 80, (rows, columns // 16), dtype=torch.uint8),
+            "scale": row,
+        },
+    }
+    if kind.startswith("int8_convrot"):
+        columns = max(columns, int(kind.rpartition("_")[2]))
+        shape = torch.Size((rows, columns))
+        codes = torch.randint(-100, 100, shape, dtype=torch.int8)
+        return PackedTensor(Packed(kind, shape, {"codes": codes, "scale": row}))
+    if kind in tensors:
+        return PackedTensor(Packed(kind, shape, tensors[kind]))
+    data = bytearray(random_blocks(kind, shape.numel()))
+    blocks = torch.frombuffer(data, dtype=torch.uint8).view(-1, BLOCK_TYPES[kind].size)
+    return PackedTensor(Packed(kind, shape, {"blocks": blocks}))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from loragraft.trainer import api
-from loragraft.trainer.families import FAMILIES, opening
+from loragraft.trainer.families import FAMILIES, opening, tokenizers
 from loragraft.trainer.families import ldm_keys as keys
 from loragraft_tests.trainer import runs, tiny
 from loragraft_tests.trainer.data_folders import Refusal
@@ -338,6 +339,15 @@ def test_a_tokenizer_of_another_model(tmp_path: Path, checkpoint: Path, tokenize
     (other / "vocab.json").write_text("{ not json", encoding="utf-8")
     with Refusal("LG-BASE-007", "other"):
         api.open_base(checkpoint, tokenizer=other).load()
+
+
+@pytest.mark.parametrize("kind", list(tokenizers.KINDS))
+def test_a_tokenizer_that_is_nowhere_is_not_made_up(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5 makes one without words of a name of which the cache has nothing."""
+    nowhere = dataclasses.replace(tokenizers.KINDS[kind], hub="nobody/nothing", in_comfyui=None)
+    monkeypatch.setitem(cast(Any, tokenizers.KINDS), kind, nowhere)
+    with Refusal("LG-BASE-008", "--tokenizer"):
+        tokenizers.find_tokenizer(None, kind=kind)
 
 
 def test_clips_tokenizer_is_found_in_a_host_or_asked_for(

@@ -113,38 +113,9 @@ def test_plain_weights_stay_what_they_are(weights: dict[str, torch.Tensor]) -> N
 # ---- a packed tensor ----
 
 
-def packed_of(kind: str, rows: int = 6, columns: int = 512) -> PackedTensor:
-    """Return a packed weight of any format, with random numbers in it."""
-    torch.manual_seed(0)
-    shape = torch.Size((rows, columns))
-    codes, exponents = torch.randint(0, 120, shape, dtype=torch.uint8), torch.full((rows, columns // 32), 125)
-    row = torch.rand(rows) + 0.5
-    tensors = {
-        "float8_e4m3fn": {"codes": codes, "scale": row},
-        "float8_e5m2": {"codes": codes},
-        "int8_tensorwise": {"codes": codes.view(torch.int8), "scale": row},
-        "mxfp8": {"codes": codes, "exponents": exponents.to(torch.uint8)},
-        "nvfp4": {
-            "codes": torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8),
-            "scales": torch.randint(40, 80, (rows, columns // 16), dtype=torch.uint8),
-            "scale": row,
-        },
-    }
-    if kind.startswith("int8_convrot"):
-        columns = max(columns, int(kind.rpartition("_")[2]))
-        shape = torch.Size((rows, columns))
-        codes = torch.randint(-100, 100, shape, dtype=torch.int8)
-        return PackedTensor(Packed(kind, shape, {"codes": codes, "scale": row}))
-    if kind in tensors:
-        return PackedTensor(Packed(kind, shape, tensors[kind]))
-    data = bytearray(files.random_blocks(kind, shape.numel()))
-    blocks = torch.frombuffer(data, dtype=torch.uint8).view(-1, BLOCK_TYPES[kind].size)
-    return PackedTensor(Packed(kind, shape, {"blocks": blocks}))
-
-
 @pytest.mark.parametrize("kind", FILE_FORMATS)
 def test_rows_shapes_and_stacks_stay_packed(kind: str) -> None:
-    weight = packed_of(kind)
+    weight = files.packed_of(kind)
     values = unpacked(weight)
     assert values.shape == weight.shape and bool(torch.isfinite(values).all())
     cases = {
@@ -166,7 +137,7 @@ def test_rows_shapes_and_stacks_stay_packed(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", FILE_FORMATS)
 def test_all_else_is_done_with_the_values(kind: str) -> None:
-    weight, x = packed_of(kind), torch.randn(3, 6)
+    weight, x = files.packed_of(kind), torch.randn(3, 6)
     values = unpacked(weight)
     for found, expected in (
         (x @ weight, x @ values),
@@ -186,7 +157,7 @@ def test_all_else_is_done_with_the_values(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["float8_e4m3fn", "Q6_K"])
 def test_an_embedding_unpacks_the_rows_asked_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, unpack = packed_of(kind, rows=40), Packed.unpack
+    weight, unpack = files.packed_of(kind, rows=40), Packed.unpack
     unpacked_rows: list[int] = []
 
     def counted(self: Packed, dtype: torch.dtype) -> torch.Tensor:
@@ -203,7 +174,7 @@ def test_an_embedding_unpacks_the_rows_asked_for(kind: str, monkeypatch: pytest.
 def test_slices_of_rows_change_no_value(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight = packed_of(kind, rows=7)
+    weight = files.packed_of(kind, rows=7)
     whole = unpacked(weight)
     for slice_ in (3 * weight.shape[1], 1):
         monkeypatch.setattr(file_formats, "SLICE", slice_)
@@ -214,7 +185,7 @@ def test_slices_of_rows_change_no_value(
 
 
 def test_different_formats_are_stacked_by_their_values() -> None:
-    one, other = packed_of("Q8_0"), packed_of("Q4_K")
+    one, other = files.packed_of("Q8_0"), files.packed_of("Q4_K")
     assert stacked([one.packed, other.packed]) is None
     assert torch.equal(torch.cat([one, other]), torch.cat([unpacked(one), unpacked(other)]))
 
@@ -227,7 +198,7 @@ def test_blocks_over_a_rows_end_are_cut_by_their_values() -> None:
 
 
 def test_it_is_never_written_to() -> None:
-    weight = packed_of("Q8_0")
+    weight = files.packed_of("Q8_0")
     before = weight.packed.get_buffer("blocks").clone()
     for write_to in (weight.add_, weight.fill_, weight.copy_):
         with pytest.raises(TypeError, match="packed weight"):
@@ -240,7 +211,7 @@ def test_it_is_never_written_to() -> None:
 
 @pytest.mark.parametrize("kind", FILE_FORMATS)
 def test_a_layer_computes_as_a_plain_one_on_the_values(kind: str) -> None:
-    weight = packed_of(kind)
+    weight = files.packed_of(kind)
     rows, columns = weight.shape
     with torch.device("meta"):
         root = nn.ModuleDict({"linear": nn.Linear(columns, rows), "words": nn.Embedding(rows, columns)})
@@ -277,7 +248,7 @@ def test_weights_of_other_modules_are_unpacked() -> None:
             super().__init__()
             self.table = nn.Parameter(torch.empty(6, 512, device="meta"))
 
-    own, weight = Own(), packed_of("Q8_0")
+    own, weight = Own(), files.packed_of("Q8_0")
     own.load_state_dict({"table": weight}, assign=True)
     own.requires_grad_(False)
     freeze(own, torch.bfloat16, CPU)
@@ -285,7 +256,7 @@ def test_weights_of_other_modules_are_unpacked() -> None:
 
 
 def test_moving_makes_new_memory_only_elsewhere() -> None:
-    packed = packed_of("Q8_0").packed
+    packed = files.packed_of("Q8_0").packed
     assert moved(packed, CPU) is packed and moved(packed, None) is packed
     away = moved(packed, torch.device("meta"))
     assert away.device.type == "meta" and packed.device == CPU

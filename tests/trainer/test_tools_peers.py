@@ -111,7 +111,7 @@ def test_diffusers_own_conversion_gives_the_same(name: str, tmp_path: Path) -> N
     )
     left = dict(inside.tensors())
     theirs = lora_file.parse(convert(left))
-    if name in ("flux", "flux2"):
+    if name == "flux2":
         assert left == {}, "it takes what it knows out of the dictionary"
     ours = convert_naming(inside, "diffusers")
     assert set(theirs.modules) == set(ours.modules)

@@ -66,10 +66,8 @@ class Chroma:
         "attention": "Chroma's padding is hidden by torch's own attention",
     }
     defaults: Mapping[str, Any] = {
-        "text_encoder_lr": 0.0,
         "timestep_sampling": "sigmoid",
         "discrete_flow_shift": 1.0,
-        "sample_cfg": 4.0,
     }
 
     def detect(self, weights: Tensors) -> bool:

@@ -108,7 +108,7 @@ class Flux:
             **dict.fromkeys(("conv_block_dims", "conv_block_alphas"), "Flux has no convolutions"),
             **version.ignored,
         }
-        self.defaults: Mapping[str, Any] = {"text_encoder_lr": 0.0, "sample_cfg": 1.0, **version.defaults}
+        self.defaults: Mapping[str, Any] = {"text_encoder_lr": 0.0, **version.defaults}
 
     def detect(self, weights: Tensors) -> bool:
         """Say whether single-file weights belong to this version: dev has layers for its guidance scale."""

@@ -78,10 +78,8 @@ class Flux2Klein:
         "attention": "FLUX.2's blocks take torch's own attention",
     }
     defaults: Mapping[str, Any] = {
-        "text_encoder_lr": 0.0,
         "timestep_sampling": "flux_shift",
         "discrete_flow_shift": 1.0,
-        "sample_cfg": 4.0,
     }
 
     def detect(self, weights: Tensors) -> bool:

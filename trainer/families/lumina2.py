@@ -73,10 +73,8 @@ class Lumina2:
         "attention": "padding is hidden by torch's own attention",
     }
     defaults: Mapping[str, Any] = {
-        "text_encoder_lr": 0.0,
         "timestep_sampling": "nextdit_shift",
         "discrete_flow_shift": 6.0,
-        "sample_cfg": 4.0,
     }
 
     def detect(self, weights: Tensors) -> bool:

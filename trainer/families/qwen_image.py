@@ -92,10 +92,8 @@ class QwenImage:
         "train_norm": "the layer norms of Qwen-Image's blocks have no weights",
     }
     defaults: Mapping[str, Any] = {
-        "text_encoder_lr": 0.0,
         "timestep_sampling": "shift",
         "discrete_flow_shift": 2.2,
-        "sample_cfg": 4.0,
     }
 
     def detect(self, weights: Tensors) -> bool:

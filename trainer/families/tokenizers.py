@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,18 +95,18 @@ def find_tokenizer(
     for host in [*hosts, PACK.parent.parent]:
         if wanted.in_comfyui is not None and wanted.lies_in(host / wanted.in_comfyui):
             return str(host / wanted.in_comfyui)
-    try:
+    with suppress(OSError):
         _reader(wanted).from_pretrained(wanted.hub, local_files_only=not allow_download)
-    except OSError:
-        raise LoraGraftError(
-            "LG-BASE-008",
-            f"{wanted.title} tokenizer was not found.",
-            where="tokenizer",
-            why="a single-file checkpoint holds no tokenizer, and none is shipped with this package.",
-            fix=f"one of: {_from_folder(wanted)}a diffusers folder as the base, the Hugging Face cache, "
-            "or --allow-download",
-        ) from None
-    return wanted.hub
+        if _is_cached(wanted):
+            return wanted.hub
+    raise LoraGraftError(
+        "LG-BASE-008",
+        f"{wanted.title} tokenizer was not found.",
+        where="tokenizer",
+        why="a single-file checkpoint holds no tokenizer, and none is shipped with this package.",
+        fix=f"one of: {_from_folder(wanted)}a diffusers folder as the base, the Hugging Face cache, "
+        "or --allow-download",
+    )
 
 
 def load_tokenizer(folder: str, kind: str = "clip") -> Any:
@@ -125,6 +126,19 @@ def load_tokenizer(folder: str, kind: str = "clip") -> Any:
             why=str(error)[:200],
             fix=f"name a folder with {wanted.title} complete files: {' or '.join(_named(wanted))}",
         ) from error
+
+
+def _is_cached(kind: Kind) -> bool:
+    """Say whether the cache holds a kind's files.
+
+    Where it does not, transformers 5 raises nothing: it makes a tokenizer that knows no word.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    sets = (*kind.files, ("tokenizer.json",))
+    return any(
+        all(isinstance(try_to_load_from_cache(kind.hub, name), str) for name in names) for names in sets
+    )
 
 
 def _reader(kind: Kind) -> Any:

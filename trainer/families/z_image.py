@@ -88,10 +88,8 @@ class ZImage:
         "attention": "padding is hidden by torch's own attention",
     }
     defaults: Mapping[str, Any] = {
-        "text_encoder_lr": 0.0,
         "timestep_sampling": "shift",
         "discrete_flow_shift": 2.0,
-        "sample_cfg": 4.0,
     }
 
     def detect(self, weights: Tensors) -> bool:

@@ -2,7 +2,7 @@
 
 A LoRA's up tensors begin at zero, so that one which is still zero was never trained. At clip_skip 2 the text
 encoder's last layer takes no part in the conditioning, which leaves its six modules (q, k, v, out, fc1, fc2)
-so.
+so; SDXL's first text encoder is always read so.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from pathlib import Path
 import torch
 
 from ..adapters.files import read_metadata, read_tensors
+from .architecture import architecture_of
 from .deltas import FREE, delta
 from .lora_file import Module, parse
 
 LAYER_MODULES = 6  # of a CLIP layer that a LoRA trains
+SKIPPING = ("sd", "sd2")  # architectures whose text encoder clip_skip is for
+REASONS = {"sdxl": "SDXL's first text encoder is read before its last layer"}
+FIRST_ENCODER = re.compile(r"lora_te1_|text_encoder\.|text_encoders\.clip_l\.")
 LAYER = re.compile(r"^(?:lora_te|text_encoder).*text_model[._]encoder[._]layers[._](\d+)[._]")
 
 
@@ -65,10 +69,11 @@ def check_lora(path: Path, *, clip_skip: int | None = None) -> LoraCheck:
     zero = tuple(row.key for row in rows if row.finite and row.norm == 0)
     changes = {name: _norm(m) for name, m in file.modules.items() if m.kind in FREE and not m.has_magnitude}
     skip = clip_skip if clip_skip is not None else _stated_skip(metadata)
-    expected = _expected(list(file.modules), skip)
-    return LoraCheck(
-        rows, changes, zero, not_finite, expected, tuple(_remarks(rows, zero, not_finite, expected, skip))
-    )
+    architecture = architecture_of(file.modules, metadata)
+    expected = _expected(list(file.modules), skip, architecture)
+    reason = REASONS.get(architecture, f"at clip_skip {skip} the text encoder's last layers stay untouched")
+    remarks = _remarks(rows, zero, not_finite, expected, reason)
+    return LoraCheck(rows, changes, zero, not_finite, expected, tuple(remarks))
 
 
 def _row(key: str, tensor: torch.Tensor) -> TensorRow:
@@ -93,10 +98,11 @@ def _stated_skip(metadata: Mapping[str, str]) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() else 1 if text == "None" else None
 
 
-def _expected(names: list[str], skip: int | None) -> int | None:
-    """Return how many zero tensors complete training leaves: six for each layer that clip_skip skips."""
-    layers = {int(m[1]) for name in names if (m := LAYER.search(name))}
-    if not layers:
+def _expected(names: list[str], skip: int | None, architecture: str) -> int | None:
+    """Return how many zero tensors complete training leaves: six for each layer that is skipped."""
+    if architecture == "sdxl":
+        return LAYER_MODULES if any(LAYER.search(name) and FIRST_ENCODER.match(name) for name in names) else 0
+    if architecture not in SKIPPING or not any(LAYER.search(name) for name in names):
         return 0
     return None if skip is None else LAYER_MODULES * (max(1, skip) - 1)
 
@@ -106,7 +112,7 @@ def _remarks(
     zero: tuple[str, ...],
     not_finite: tuple[str, ...],
     expected: int | None,
-    skip: int | None,
+    reason: str,
 ) -> list[str]:
     minima = sum(row.minimum == 0 for row in rows)
     lines = [
@@ -121,13 +127,13 @@ def _remarks(
     elif expected is None:
         lines.append("The file does not say its clip_skip: 6 zero tensors belong to clip_skip 2, none to 1.")
     elif len(zero) == expected and expected:
-        lines.append(f"As it should be: at clip_skip {skip} the text encoder's last layers stay untouched.")
+        lines.append(f"As it should be: {reason}.")
     elif len(zero) == expected:
         lines.append("As it should be: every module was trained.")
     else:
         lines.append(
             f"Expected {expected} zero tensors"
-            + (f" at clip_skip {skip}" if skip else "")
+            + (f" ({reason})" if expected else "")
             + f", found {len(zero)}: "
             + (
                 "some modules got no gradient."

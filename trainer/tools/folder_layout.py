@@ -126,9 +126,7 @@ def to_folder(
     parts = _in_folder(base)
     for part, source in parts.items():
         inside = output / base.family.folders[part]
-        forms: dict[str, Form] = {k: (source[k].dtype, tuple(source[k].shape)) for k in sorted(source)}
-        file = inside / f"{FILES.get(part, TEXT_FILE)}.safetensors"
-        write_stream(file, forms, lambda name, held=source: unpacked(held[name]), {"format": "pt"}, tell=tell)
+        _write_weights(inside / f"{FILES.get(part, TEXT_FILE)}.safetensors", source, tell)
         _write_json(inside / "config.json", _config(part, source, layout))
     for part, (_, pad) in layout.texts.items():
         _copy_tokenizer(
@@ -137,6 +135,11 @@ def to_folder(
     _write_json(output / "scheduler" / "scheduler_config.json", _scheduler(base, layout))
     _write_json(output / "model_index.json", _index(parts, layout))
     return sorted(_left_out(weights, base))
+
+
+def _write_weights(file: Path, source: Tensors, tell: Tell) -> None:
+    forms: dict[str, Form] = {k: (source[k].dtype, tuple(source[k].shape)) for k in sorted(source)}
+    write_stream(file, forms, lambda name: unpacked(source[name]), {"format": "pt"}, tell=tell)
 
 
 def _in_folder(base: Base) -> dict[str, Tensors]:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapters.files import DTYPES
+from ..errors import listed
 from .bake import merge_into_checkpoint
 from .convert import convert_naming
 from .extract import ExtractSettings, extract_lora
 from .lora_file import LoraFile, check_free, precision_of, read_lora, save_lora
 from .merge import MergeSettings, merge_loras
+from .places import places_in
 from .resize import ResizeSettings, resize
+from .stream import open_weights
 
 PRECISIONS = ("same", *DTYPES)
 Tell = Callable[[int, int], None]
@@ -106,7 +109,11 @@ def extract_lora_file(
     differing = [told.error for told in report if told.norm]
     mean = sum(differing) / len(differing)
     head = f"{len(report)} modules, {mean:.2%} of a difference is not in the LoRA on average."
-    text = () if any(t.name.startswith("lora_te") for t in report) else ("The text encoders are the same.",)
+    encoders = {
+        name.split("_")[1] for name in places_in(open_weights(original)) if name.startswith("lora_te")
+    }
+    same = sorted(encoders - {told.name.split("_")[1] for told in report})
+    text = (f"The text encoders are the same: {listed(same)}.",) if same else ()
     return Written(output.path, (head, *text, *map(str, report)))
 
 

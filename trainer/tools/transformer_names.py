@@ -107,8 +107,8 @@ def _z_image() -> Table:
     linear = ("attention.out", "adaLN_modulation.0", *(f"feed_forward.w{i}" for i in (1, 2, 3)))
     inside: dict[str, tuple[str, ...]] = {name: (theirs(name),) for name in linear}
     inside["attention.qkv"] = tuple(f"attention.to_{letter}" for letter in "qkv")
-    top = ("x_embedder", "t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1")
-    top += ("final_layer.linear", "final_layer.adaLN_modulation.1")
+    top = ["x_embedder", "t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1"]
+    top += ["final_layer.linear", "final_layer.adaLN_modulation.1"]
     lists = ("layers", "noise_refiner", "context_refiner")
     return Table({name: (theirs(name),) for name in top}, {name: (name, inside) for name in lists})
 

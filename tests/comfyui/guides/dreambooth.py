@@ -96,7 +96,7 @@ def dreambooth_workflow(info: Info) -> Workflow:
         660,
         {"network_reg_lrs": "re:.*\\.to_k$=3e-3\nre:.*\\.to_v$=3e-3\nre:.*\\.ff\\.=3e-3\nre:.*resnets=1e-3"},
     )
-    text = columns.add("LoraGraftText", 270, {"train_embeddings": f"{TRIGGER}=circle*2"}, mode=BYPASSED)
+    text = columns.add("LoraGraftText", 350, {"train_embeddings": f"{TRIGGER}=circle*2"}, mode=BYPASSED)
     columns.frame("4  Layers")
 
     columns.begin(460)

@@ -146,7 +146,7 @@ The native nodes draw the same: Load LoRA between the checkpoint and the sampler
         "save_every_n_steps": 400,
         "sample_prompts": "photo of mycat on a sofa",
     },
-    nodes=[("LoraGraftLoss", 690, {"v_parameterization": True})],
+    nodes=[("LoraGraftLoss", 920, {"v_parameterization": True})],
     preview={
         "prompts": PROMPTS,
         "negative": "lowres, blurry",
@@ -282,7 +282,7 @@ it only moves the steps.
         "save_every_n_steps": 500,
         "sample_prompts": "photo of mycat on a sofa",
     },
-    nodes=[("LoraGraftLoss", 690, {"timestep_sampling": "logit_normal"})],
+    nodes=[("LoraGraftLoss", 920, {"timestep_sampling": "logit_normal"})],
     preview={
         "prompts": PROMPTS,
         "negative": "lowres, blurry",

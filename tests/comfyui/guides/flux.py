@@ -92,7 +92,7 @@ images are 2500 steps; about 1000 show a clear effect.
         "sample_prompts": "yuiri sitting in a cafe",
     },
     nodes=[
-        ("LoraGraftBlocks", 620, {"network_reg_lrs": RATES}),
+        ("LoraGraftBlocks", 680, {"network_reg_lrs": RATES}),
     ],
     preview={
         "prompts": "yuiri sitting in a cafe\nyuiri in the snow\na woman sitting in a cafe",

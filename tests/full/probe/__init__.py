@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import re
 import sys
@@ -78,6 +79,29 @@ class ProbeResident:
         return {"ui": {"text": [json.dumps(report)]}}
 
 
+class ProbeGrowth:
+    """Open the base as Train LoRA does, build its modules, and report by how many MiB the process grew with
+    them in place; built once before, so that imports and tokenizers do not count."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = "probe", "look", True, ()
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "clip": ("CLIP",), "vae": ("VAE",)}}
+
+    def look(self, model, clip, vae):
+        name = next(n for n in sys.modules if n.endswith("ComfyUI-LoraGraft"))
+        with importlib.import_module(f"{name}.nodes.host").training_mode():
+            base = importlib.import_module(f"{name}.nodes.host_bases").open_base(model, clip, vae)
+            base.load()
+            gc.collect()
+            before = resident()["VmRSS"]
+            parts = base.load()
+            grown = resident()["VmRSS"] - before
+            dtypes = sorted({str(weight.dtype) for weight in parts.denoiser.state_dict().values()})
+        return {"ui": {"text": [json.dumps({"grown": grown, "dtypes": dtypes})]}}
+
+
 def resident() -> dict[str, float]:
     status = Path("/proc/self/status")
     text = status.read_text() if status.exists() else ""
@@ -95,4 +119,8 @@ def live_tensors() -> float:
     return sum(storages.values()) / 2**20
 
 
-NODE_CLASS_MAPPINGS = {"ProbeDelta": ProbeDelta, "ProbeResident": ProbeResident}
+NODE_CLASS_MAPPINGS = {
+    "ProbeDelta": ProbeDelta,
+    "ProbeResident": ProbeResident,
+    "ProbeGrowth": ProbeGrowth,
+}
