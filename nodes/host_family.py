@@ -24,11 +24,16 @@ from ..trainer.errors import LoraGraftError
 from .host_shadow import shadow
 
 NO_TEXT = "captions are encoded by ComfyUI, whose text encoder stays as it is"
+OWN_SAMPLING = "what is predicted, and the schedule, are the MODEL's own, as ComfyUI knows them"
 NO_BLOCKS = "this model has no down, middle and up blocks"
 IGNORED: Mapping[str, str] = {
     "train_embeddings": NO_TEXT,
     **dict.fromkeys(("clip_skip", "max_token_length", "tokenizer_repeats", "weighted_captions"), NO_TEXT),
+    **dict.fromkeys(("t5xxl_max_token_length", "apply_t5_attn_mask"), NO_TEXT),
     **dict.fromkeys(("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_dims"), NO_BLOCKS),
+    **dict.fromkeys(("v_parameterization", "zero_terminal_snr"), OWN_SAMPLING),
+    **dict.fromkeys(("conv_dim", "train_norm"), "linear layers alone are trained"),
+    "attention": "ComfyUI's code computes it, with torch's own attention",
     "preset": "the sets of modules are those of Stable Diffusion's U-Nets",
     "save_as": "only the LoRA can be written: the checkpoint's layout is not known to the trainer",
 }

@@ -33,10 +33,17 @@ def existing(kind: str, name: str, *, widget: str, folder_too: bool = False) -> 
     )
 
 
-def new_file(kind: str, name: str, *, widget: str = "output_name", suffix: str = SUFFIX) -> Path:
-    """Return where a result of this name goes: in the first folder of models/<kind>. Raises LG-PATH-001."""
+def new_file(
+    kind: str, name: str, *, widget: str = "output_name", suffix: str = SUFFIX, source: Path | None = None
+) -> Path:
+    """Return where a result of this name goes: in the folder of models/<kind> that ``source`` is in.
+
+    Without it, in the first of them. Raises LG-PATH-001.
+    """
     stem = name.strip().removesuffix(SUFFIX)
-    return Path(folder_paths.get_folder_paths(kind)[0]) / f"{api.safe_name(stem, what=widget)}{suffix}"
+    roots = [Path(f) for f in folder_paths.get_folder_paths(kind)]
+    root = next((r for r in roots if source is not None and source.is_relative_to(r)), roots[0])
+    return root / f"{api.safe_name(stem, what=widget)}{suffix}"
 
 
 def stamp(kind: str, *names: str) -> str:

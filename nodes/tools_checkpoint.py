@@ -87,7 +87,8 @@ class MergeIntoCheckpoint(io.ComfyNode):
         files = [
             (host_files.existing("loras", name, widget=f"{where}: loras"), ratio) for name, ratio in pairs
         ]
-        output = api.Output(host_files.new_file(kind, output_name), save_precision, overwrite)
+        target = host_files.new_file(kind, output_name, source=source)
+        output = api.Output(target, save_precision, overwrite)
         return inputs.done(
             api.merge_checkpoint(source, files, output, device=str(host.device()), tell=teller())
         )

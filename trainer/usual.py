@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from .checks import CHECKS
 from .config import TrainConfig
 from .families.opening import Base
 from .objective import SAMPLINGS
@@ -17,7 +18,8 @@ def for_base(config: TrainConfig, base: Base) -> tuple[TrainConfig, list[str]]:
     """Return the settings with every open one decided, and a line for the log on each.
 
     A base that says of itself that it predicts velocity, or was trained to a last timestep of noise alone, is
-    trained so.
+    trained so; the latter counts beside the former alone, as ComfyUI reads it. Raises LG-CFG-004 where a
+    setting contradicts what was decided.
     """
     family = base.family
     usual = {**({} if family.trains_text else NO_TEXT), **family.defaults}
@@ -26,12 +28,17 @@ def for_base(config: TrainConfig, base: Base) -> tuple[TrainConfig, list[str]]:
     if sampling in SAMPLINGS and "shift" not in SAMPLINGS[sampling].settings:
         decided.pop("discrete_flow_shift", None)  # nothing would be moved by it
     lines = [f"{name} is {_told(value)}, as is usual for {family.name}" for name, value in decided.items()]
-    told = {"v_parameterization": base.velocity, "zero_terminal_snr": base.zero_terminal}
+    velocity = base.velocity or config.v_parameterization
+    told = {"v_parameterization": base.velocity, "zero_terminal_snr": velocity and base.zero_terminal}
     for name, is_on in told.items():
         if is_on and not getattr(config, name):
             decided[name] = True
             lines.append(f"{name} is on: the base model says so of itself")
-    return dataclasses.replace(config, **decided), lines
+    whole = dataclasses.replace(config, **decided)
+    if decided:
+        for check in CHECKS[TrainConfig]:
+            check(whole, f"settings, with what is usual for {family.name}")
+    return whole, lines
 
 
 def _told(value: object) -> str:

@@ -113,6 +113,7 @@ def test_a_denoiser_in_a_file_of_its_own(server: Comfy, folder: Path) -> None:
     unet = {k.removeprefix(prefix): v.float() for k, v in weights.items() if k.startswith(prefix)}
     key = next(k for k in unet if k.endswith("attn1.to_q.weight"))
     tuned = {**unet, key: unet[key] + 0.01}
+    (folder / "diffusion_models").mkdir(exist_ok=True)
     for name, tensors in (("own", unet), ("tuned", tuned)):
         save_file(tensors, folder / "diffusion_models" / f"{name}.safetensors")
     settings = {"rank": 1, "conv_rank": 0, "clamp_quantile": 1.0, "min_diff": 0.0}

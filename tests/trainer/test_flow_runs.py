@@ -196,6 +196,34 @@ def test_a_shift_is_decided_only_where_it_moves_something(straight: runs.Trainin
     assert (own.discrete_flow_shift, own.timestep_sampling) == (2.0, "shift")
 
 
+def test_what_the_base_decides_is_checked_with_the_rest(training: runs.Training) -> None:
+    velocity = dataclasses.replace(training.base, velocity=True, zero_terminal=True)
+    config, _ = for_base(api.TrainConfig(), velocity)
+    assert config.v_parameterization and config.zero_terminal_snr
+    with Refusal("LG-CFG-004", "v_pred_like_loss", "predicts velocity already"):
+        for_base(api.TrainConfig(v_pred_like_loss=0.5), velocity)
+    noise = dataclasses.replace(training.base, zero_terminal=True)  # it says so, but predicts noise
+    assert not for_base(api.TrainConfig(), noise)[0].zero_terminal_snr
+
+
+@pytest.mark.parametrize(
+    "setting", [{"loraplus_text_encoder_lr_ratio": 4.0}, {"network_train_text_encoder_only": True}]
+)
+def test_settings_of_text_that_stays_are_refused(straight: runs.Training, setting: dict[str, Any]) -> None:
+    family: Any = straight.base.family
+    family.defaults = {**family.defaults, "text_encoder_lr": 0.0}
+    with Refusal("LG-CFG-004", "text_encoder_lr"):
+        straight.events(**setting)
+    straight.finish(text_encoder_lr=1e-3, max_train_steps=1, **setting)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES.values() if "max_token_length" in f.ignored])
+def test_both_ways_to_say_how_long_clips_captions_are_are_refused(family: Any) -> None:
+    for setting in ({"max_token_length": 150}, {"tokenizer_repeats": 2}):
+        with Refusal("LG-CFG-004", "t5xxl_max_token_length"):
+            check(api.make(api.TrainConfig, setting), family)
+
+
 def test_a_bucket_is_the_size_that_flux_shift_counts(straight: runs.Training) -> None:
     family: Any = straight.base.family
     straight.finish(max_train_steps=1, network_train_unet_only=True, timestep_sampling="flux_shift")
@@ -222,8 +250,11 @@ def test_runs_with_another_guidance_do_not_share_a_step(straight: runs.Training)
     jobs = [
         (straight.train_set, runs.settings(output_name=f"run{k}", guidance_scale=float(k))) for k in (1, 2)
     ]
-    with Refusal("LG-RUN-010", "guidance_scale"):
-        list(api.train_together(straight.base, jobs, places=straight.places, device="cpu"))
+    list(api.train_together(straight.base, jobs, places=straight.places, device="cpu"))
+    family: Any = straight.base.family
+    passes = [(noisy.shape[0], guidance) for _, noisy, *_, guidance in family.seen]
+    assert {guidance for _, guidance in passes} == {1.0, 2.0}
+    assert max(size for size, _ in passes) <= jobs[0][1].train_batch_size  # each alone
 
 
 # ---- what a base model has no use for ----

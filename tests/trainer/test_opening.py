@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from loragraft.trainer import api
 from loragraft.trainer.families import FAMILIES, opening, tokenizers
 from loragraft.trainer.families import ldm_keys as keys
-from loragraft_tests.trainer import runs, tiny
+from loragraft_tests.trainer import runs, tiny, tiny_flux
 from loragraft_tests.trainer.data_folders import Refusal
 
 
@@ -326,6 +326,14 @@ def test_quantised_weights_that_nothing_explains_are_refused(
         path = write(tmp_path / "q.safetensors", {**weights, name: value})
         with Refusal("LG-BASE-005", named, "q.safetensors"):
             api.open_base(path, tokenizer=tokenizer)
+
+
+def test_a_vae_with_other_latents_is_refused_before_a_step(checkpoint: Path, tokenizer: Path) -> None:
+    base = api.open_base(checkpoint, tokenizer=tokenizer)
+    wide = tiny_flux.random_vae().state_dict()
+    other = dataclasses.replace(base, state_dicts={**base.state_dicts, "vae": wide})
+    with Refusal("LG-BASE-003", "16 channels", "SD1.x takes 4"):
+        other.load()
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path, checkpoint: Path, tokenizer: Path) -> None:

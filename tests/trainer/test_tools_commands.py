@@ -93,3 +93,18 @@ def test_convert_checkpoint(checkpoint: Path, tokenizer: Path, tmp_path: Path) -
     assert run("convert-checkpoint", checkpoint, "--output", folder, "--tokenizer", tokenizer) == 0
     assert run("convert-checkpoint", folder, "--output", back) == 0
     assert set(load_file(back)) == set(load_file(checkpoint))
+
+
+def test_sample_tells_what_has_no_effect(
+    checkpoint: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ("--pretrained_model_name_or_path", checkpoint, "--tokenizer", tokenizer, "--device", "cpu")
+    draw = ("sample", *base, "--prompts", "a", "--output", tmp_path / "out", "--width", 32, "--steps", 1)
+    assert run(*draw, "--guidance", 3.5) == 1
+    assert "guidance" in capsys.readouterr().err
+    assert run(*draw, "--negative", "b", "--cfg", 1) == 1
+    assert "negative prompt" in capsys.readouterr().err
+    assert run(*draw, "--schedule", "own") == 0
+    with Image.open(tmp_path / "out" / "seed1_00001.png") as image:
+        assert image.size == (32, 32), "one side alone is that of a square"
+        assert "Schedule type: own, CFG scale: 7" in image.info["parameters"]

@@ -23,6 +23,7 @@ from loragraft_tests.trainer.test_tools_lora import change, error, tiny_lora
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 SETS: dict[str, dict[str, list[list[int]]]] = json.loads((GOLDEN / "lora_modules.json").read_text("utf-8"))
+SETS |= json.loads((GOLDEN / "lora_modules_chroma_lumina.json").read_text("utf-8"))
 SETS |= {
     name: {
         key.removesuffix(".lora_down.weight"): [shape, keys["keys"][key.replace("lora_down", "lora_up")]]
@@ -33,6 +34,7 @@ SETS |= {
     if isinstance(keys, dict)
 }
 ARCHITECTURES = {"sd15": "sd", "sd21": "sd2", "sdxl": "sdxl", "flux": "flux"}
+ARCHITECTURES |= {"chro": "flux", "lumi": "lumina2"}  # Chroma's blocks have the names of Flux.1's
 
 
 def empty_lora(name: str) -> lora_file.LoraFile:
@@ -48,7 +50,12 @@ def empty_lora(name: str) -> lora_file.LoraFile:
 
 def modules_of(name: str) -> dict[str, tuple[int, ...]]:
     """Return the denoiser's modules in diffusers with their weights' shapes."""
-    from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+    from diffusers import (
+        ChromaTransformer2DModel,
+        FluxTransformer2DModel,
+        Lumina2Transformer2DModel,
+        UNet2DConditionModel,
+    )
 
     sdxl: dict[str, Any] = {
         "block_out_channels": (320, 640, 1280),
@@ -65,6 +72,8 @@ def modules_of(name: str) -> dict[str, tuple[int, ...]]:
             "sd21": lambda: UNet2DConditionModel(cross_attention_dim=1024, use_linear_projection=True),
             "sdxl": lambda: UNet2DConditionModel(**sdxl),
             "flux": FluxTransformer2DModel,
+            "chro": ChromaTransformer2DModel,
+            "lumi": Lumina2Transformer2DModel,
         }[name]()
     named = dict(model.named_modules())
     return {
@@ -151,6 +160,92 @@ def test_fluxs_joined_modules_keep_their_change() -> None:
     ).modules.values()
     torch.testing.assert_close(change(back)[8:], wanted[8:], rtol=1e-6, atol=1e-6)
     assert not change(back)[:8].any(), "what is not in the file changes nothing"
+
+
+def module(name: str, down: tuple[int, ...], up: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Return a LoRA's tensors of a module with kohya's endings."""
+    rng = torch.Generator().manual_seed(sum(map(ord, name)))
+    return {
+        f"{name}.lora_down.weight": torch.randn(down, generator=rng),
+        f"{name}.lora_up.weight": torch.randn(up, generator=rng),
+    }
+
+
+Q, K, V = (f"diffusion_model.layers.0.attention.to_{letter}" for letter in "qkv")
+
+
+def test_names_that_others_give_are_read() -> None:
+    """diffusers' paths below diffusion_model., PEFT's prefix, and no prefix at all."""
+    z_image = lora_file.parse({k: v for n in (Q, K, V) for k, v in module(n, (2, 8), (8, 2)).items()})
+    assert architecture_of(z_image.modules) == "z_image"
+    (joined,) = to_common(z_image).modules.values()
+    assert joined.name == "lora_unet_layers_0_attention_qkv" and joined.shape() == (24, 8)
+    torch.testing.assert_close(change(joined), torch.cat([change(m) for m in z_image.modules.values()]))
+    sd3 = module("base_model.model.transformer_blocks.20.attn.to_out.0", (2, 8), (8, 2))
+    assert list(to_common(lora_file.parse(sd3)).modules) == ["lora_unet_joint_blocks_20_x_block_attn_proj"]
+    qwen = module("transformer_blocks.0.img_mlp.net.2", (2, 8), (8, 2))
+    (name,) = to_common(lora_file.parse(qwen)).modules
+    assert name == "lora_unet_transformer_blocks_0_img_mlp_net_2"
+
+
+@pytest.mark.parametrize(
+    ("modules", "wanted"),
+    [
+        ({"lora_unet_double_blocks_0_img_mlp_0": ((2, 8), (32, 2))}, "flux"),
+        ({"lora_unet_double_blocks_0_img_mlp_0": ((2, 8), (48, 2))}, "flux2"),
+        ({"lora_unet_double_blocks_0_img_mlp_2": ((2, 24), (8, 2))}, "flux2"),
+        ({"lora_unet_single_blocks_0_linear1": ((2, 8), (72, 2))}, "flux2"),
+        ({"lora_unet_single_blocks_0_linear2": ((2, 40), (8, 2))}, "flux"),
+        ({"lora_unet_single_blocks_0_linear2": ((2, 32), (8, 2))}, "flux2"),
+        ({"diffusion_model.double_stream_modulation_img.lin": ((2, 8), (48, 2))}, "flux2"),
+        ({"transformer.single_transformer_blocks.3.attn.to_out": ((2, 32), (8, 2))}, "flux2"),
+        ({"lora_unet_distilled_guidance_layer_in_proj": ((2, 8), (8, 2))}, "chroma"),
+        ({"lora_unet_layers_0_attention_qkv": ((2, 9), (15, 2))}, "lumina2"),
+        ({"lora_unet_layers_0_attention_qkv": ((2, 9), (27, 2))}, "z_image"),
+        ({"transformer.layers.0.feed_forward.linear_1": ((2, 9), (27, 2))}, "lumina2"),
+        ({"transformer.transformer_blocks.59.attn.to_q": ((2, 9), (9, 2))}, "qwen_image"),
+        ({"transformer.transformer_blocks.30.attn.to_q": ((2, 9), (9, 2))}, "sd3"),
+        (
+            {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": ((2, 1024), (8, 2))},
+            "sd2",
+        ),
+        ({"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": ((2, 768), (8, 2))}, "sd"),
+        ({"lora_te3_encoder_block_0_layer_0_SelfAttention_q": ((2, 8), (8, 2))}, "flux"),
+        ({"diffusion_model.blocks.0.self_attn.q": ((2, 8), (8, 2))}, "other"),
+    ],
+)
+def test_an_architecture_is_told_by_names_and_shapes(
+    modules: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], wanted: str
+) -> None:
+    tensors = {k: v for name, shapes in modules.items() for k, v in module(name, *shapes).items()}
+    assert architecture_of(lora_file.parse(tensors).modules) == wanted
+
+
+def test_metadata_tell_what_names_do_not() -> None:
+    attention = lora_file.parse(module("lora_unet_double_blocks_0_img_attn_proj", (2, 8), (8, 2)))
+    for version, wanted in (("", "flux"), ("chroma", "chroma"), ("flux2", "flux2"), ("sd_v1", "flux")):
+        assert architecture_of(attention.modules, {"ss_base_model_version": version}) == wanted
+
+
+def test_parts_that_cannot_be_joined() -> None:
+    lumina2 = "transformer.layers.0.attn.to_q"
+    with Refusal("LG-TOOL-006", "without"):
+        to_common(lora_file.parse(module(lumina2, (2, 9), (9, 2))))
+    lokr = {f"{n}.lokr_w{i}": torch.ones(2, 2) for n in (Q, K, V) for i in (1, 2)}
+    with Refusal("LG-TOOL-003", "LoKr"):
+        to_common(lora_file.parse(lokr))
+    twice = {**module("lora_unet_layers_0_attention_qkv", (2, 8), (24, 2)), **module(Q, (2, 8), (8, 2))}
+    with Refusal("LG-TOOL-007", "two names"):
+        to_common(lora_file.parse(twice))
+
+
+def test_a_model_that_only_its_host_knows() -> None:
+    file = lora_file.parse(module("diffusion_model.blocks.0.self_attn.q", (2, 8), (8, 2)))
+    assert list(to_common(file).modules) == ["lora_unet_blocks_0_self_attn_q"]
+    assert convert_naming(file, "comfyui") is file
+    assert list(convert_naming(file, "kohya").modules) == ["lora_unet_blocks_0_self_attn_q"]
+    with Refusal("LG-TOOL-006", "blocks_0"):
+        convert_naming(file, "diffusers")
 
 
 def test_names_that_have_no_place() -> None:

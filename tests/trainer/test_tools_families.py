@@ -224,3 +224,38 @@ def test_a_level_does_not_depend_on_the_tables_length() -> None:
     own = objective.sigmas_for(8, (1024, 1024))
     table = sigmas.levels("sgm_uniform", objective, 8, (1024, 1024))
     torch.testing.assert_close(table, own, rtol=0, atol=2e-3)
+
+
+def test_a_lora_of_a_model_that_only_its_host_knows_is_merged(tmp_path: Path) -> None:
+    """Its names are those of the checkpoint's tensors, whatever model it is."""
+    name = "blocks.3.self_attn.q"
+    down, up = torch.randn(2, 8), torch.randn(8, 2)
+    for prefix in ("model.diffusion_model.", "diffusion_model."):
+        weights = {f"{prefix}{name}.weight": torch.randn(8, 8), f"{prefix}norm.weight": torch.ones(8)}
+        save_file(weights, tmp_path / "base.safetensors")
+        pair = {
+            f"diffusion_model.{name}.lora_down.weight": down,
+            f"diffusion_model.{name}.lora_up.weight": up,
+        }
+        save_file(pair, tmp_path / "lora.safetensors")
+        output = api.Output(tmp_path / "merged.safetensors", overwrite=True)
+        api.merge_checkpoint(tmp_path / "base.safetensors", [(tmp_path / "lora.safetensors", 0.5)], output)
+        found = load_file(output.path)
+        key = f"{prefix}{name}.weight"
+        torch.testing.assert_close(found[key], weights[key] + 0.5 * up @ down)
+
+
+@pytest.mark.parametrize(("layer", "good"), [("te1,2", True), ("te1,1", False), ("te2,3", False)])
+def test_sdxls_last_layer_of_clip_l_stays_untrained(tmp_path: Path, layer: str, good: bool) -> None:
+    base = tiny_families.open_tiny("sdxl", tmp_path)
+    tensors = random_lora(base).tensors()
+    last = f"lora_{layer.replace(',', '_text_model_encoder_layers_')}_"
+    tensors = {
+        k: torch.zeros_like(v) if k.startswith(last) and k.endswith("lora_up.weight") else v
+        for k, v in tensors.items()
+    }
+    save_file(tensors, tmp_path / "lora.safetensors", {"ss_clip_skip": "None"})
+    found = api.check_lora(tmp_path / "lora.safetensors")
+    assert len(found.zero) == 6 and found.expected_zero == 6
+    assert found.good == good
+    assert any("first text encoder" in line for line in found.remarks)

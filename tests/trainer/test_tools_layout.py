@@ -89,10 +89,11 @@ def test_a_folder_becomes_a_file(name: str, tmp_path: Path) -> None:
         api.convert_checkpoint(folder, file)
 
 
-def test_what_a_file_would_lack_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_what_a_file_would_lack_is_refused(part: str, tmp_path: Path) -> None:
     folder = tiny_sd2.write_folder(tmp_path / "folder")
-    unet = next((folder / "unet").glob("*.safetensors"))
-    save_file({**load_file(unet), "class_embedding.weight": torch.ones(2)}, unet)
+    file = next((folder / part).glob("*.safetensors"))
+    save_file({**load_file(file), "class_embedding.weight": torch.ones(2)}, file)
     with Refusal("LG-TOOL-013", "class_embedding"):
         api.convert_checkpoint(folder, tmp_path / "file.safetensors")
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..errors import LoraGraftError
 from .base import Tensors
 from .building import assign, built, count
 
@@ -33,9 +34,12 @@ def vae_config(sd: Tensors, *, scaling_factor: float, shift_factor: float | None
 
 
 def load_vae(
-    sd: Tensors, family: str, *, scaling_factor: float, shift_factor: float | None = None
+    sd: Tensors, family: str, *, scaling_factor: float, shift_factor: float | None = None, channels: int = 4
 ) -> nn.Module:
-    """Build the VAE on its weights, shared, not copied."""
+    """Build the VAE on its weights, shared, not copied.
+
+    Raises LG-BASE-003 for weights that are not whole, and for latents of other than ``channels``.
+    """
     from diffusers import AutoencoderKL
 
     def build() -> nn.Module:
@@ -45,6 +49,15 @@ def load_vae(
 
     vae = built("VAE", family, build)
     assign(vae, sd, "VAE", family)
+    found = cast(Any, vae).config.latent_channels
+    if found != channels:
+        raise LoraGraftError(
+            "LG-BASE-003",
+            f"The VAE is not the one of {family}.",
+            where=f"VAE: latents of {found} channels, where {family} takes {channels}",
+            why="the denoiser cannot read its latents.",
+            fix=f"name a VAE of {family}, or leave --vae out where the base has one",
+        )
     return vae
 
 

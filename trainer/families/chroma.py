@@ -28,6 +28,8 @@ from .vae_prefix import with_ldm_prefix
 from .weights import Renamed, joined
 
 TITLE = "Chroma"
+CLIP_LENGTH = "Chroma has no CLIP; t5xxl_max_token_length is T5's"
+LATENT_CHANNELS = 16
 SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
 T5 = "text_encoder"
 T5_LENGTH, T5_LONGEST = 512, 1024
@@ -58,7 +60,7 @@ class Chroma:
     look = Look(26, 4.0)
     ignored: Mapping[str, str] = {
         "clip_skip": "Chroma has no CLIP",
-        "max_token_length": "Chroma has no CLIP; t5xxl_max_token_length is T5's",
+        **dict.fromkeys(("max_token_length", "tokenizer_repeats"), CLIP_LENGTH),
         "weighted_captions": "Chroma learnt from T5's states as they are",
         "train_embeddings": "Chroma has no CLIP to learn words",
         "guidance_scale": "Chroma is not distilled and is told no guidance",
@@ -121,7 +123,13 @@ class Chroma:
         sd = state_dicts[DENOISER]
         denoiser = built("transformer", TITLE, lambda: ChromaTransformer(**chroma_config(sd)))
         assign(denoiser, sd, "transformer", TITLE)
-        vae = load_vae(state_dicts["vae"], TITLE, scaling_factor=SCALING_FACTOR, shift_factor=SHIFT_FACTOR)
+        vae = load_vae(
+            state_dicts["vae"],
+            TITLE,
+            scaling_factor=SCALING_FACTOR,
+            shift_factor=SHIFT_FACTOR,
+            channels=LATENT_CHANNELS,
+        )
         text = load_t5(state_dicts[T5], TITLE)
         check_t5_tokenizer(tokenizers[T5], text)
         return Parts(denoiser, vae, nn.ModuleDict({T5: text}), {T5: tokenizers[T5]})

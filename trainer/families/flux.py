@@ -30,6 +30,8 @@ from .vae_prefix import with_ldm_prefix, with_newer_prefix
 from .weights import joined
 
 TITLE = "Flux.1"
+CLIP_LENGTH = "of CLIP, Flux sees only the pooled state; t5xxl_max_token_length is T5's"
+LATENT_CHANNELS = 16
 SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
 CLIP, T5 = "text_encoder", "text_encoder_2"
 DOUBLE, SINGLE = "double_blocks.0.", "single_blocks.0."
@@ -99,7 +101,7 @@ class Flux:
         }
         self.ignored: Mapping[str, str] = {
             "clip_skip": "of CLIP, Flux sees only the pooled state, which is the last layer's",
-            "max_token_length": "of CLIP, Flux sees only the pooled state; t5xxl_max_token_length is T5's",
+            **dict.fromkeys(("max_token_length", "tokenizer_repeats"), CLIP_LENGTH),
             "weighted_captions": "Flux learnt from T5's states as they are",
             "train_embeddings": "Flux reads captions with T5, which has no words of its own to learn",
             "attention": "Flux's blocks compute it with torch's own attention",
@@ -156,7 +158,13 @@ class Flux:
         sd = state_dicts[DENOISER]
         denoiser = built("transformer", TITLE, lambda: _transformer(sd))
         assign(denoiser, sd, "transformer", TITLE)
-        vae = load_vae(state_dicts["vae"], TITLE, scaling_factor=SCALING_FACTOR, shift_factor=SHIFT_FACTOR)
+        vae = load_vae(
+            state_dicts["vae"],
+            TITLE,
+            scaling_factor=SCALING_FACTOR,
+            shift_factor=SHIFT_FACTOR,
+            channels=LATENT_CHANNELS,
+        )
         clip = load_clip_text(state_dicts[CLIP], tokenizers[CLIP], TITLE)
         t5 = load_t5(state_dicts[T5], TITLE)
         check_t5_tokenizer(tokenizers[T5], t5)

@@ -29,6 +29,7 @@ from .vae_prefix import with_ldm_prefix, with_newer_prefix
 from .weights import Renamed, joined
 
 TITLE = "FLUX.2 klein"
+CLIP_LENGTH = "FLUX.2 has no CLIP; t5xxl_max_token_length is its text encoder's"
 PIXELS = 16  # a side of a token
 TEXT = "text_encoder"
 WIDE = 4096  # the width of Qwen3 8B's states; 4B's are 2560 wide
@@ -70,7 +71,7 @@ class Flux2Klein:
     look = Look(50, 4.0)
     ignored: Mapping[str, str] = {
         "clip_skip": "FLUX.2 has no CLIP",
-        "max_token_length": "FLUX.2 has no CLIP; t5xxl_max_token_length is its text encoder's",
+        **dict.fromkeys(("max_token_length", "tokenizer_repeats"), CLIP_LENGTH),
         "weighted_captions": "brackets are text to Qwen3",
         "train_embeddings": "FLUX.2 has no CLIP to learn words",
         "guidance_scale": "FLUX.2 klein is told no guidance",

@@ -27,6 +27,8 @@ from .weights import Renamed, joined
 from .z_image_model import PATCH, FinalLayer
 
 TITLE = "Lumina 2"
+CLIP_LENGTH = "Lumina 2 has no CLIP; t5xxl_max_token_length is its text encoder's"
+LATENT_CHANNELS = 16
 SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
 SAMPLING_SHIFT = 6.0  # of the noise levels when images are drawn; training's is a setting
 TEXT, TEXT_PREFIX = "text_encoder", "text_encoders.gemma2_2b.transformer."
@@ -65,7 +67,7 @@ class Lumina2:
     look = Look(36, 4.0)
     ignored: Mapping[str, str] = {
         "clip_skip": "Lumina 2 has no CLIP",
-        "max_token_length": "Lumina 2 has no CLIP; t5xxl_max_token_length is its text encoder's",
+        **dict.fromkeys(("max_token_length", "tokenizer_repeats"), CLIP_LENGTH),
         "weighted_captions": "brackets are text to Gemma 2",
         "train_embeddings": "Lumina 2 has no CLIP to learn words",
         "guidance_scale": "Lumina 2 is not distilled and is told no guidance",
@@ -127,7 +129,13 @@ class Lumina2:
         sd = state_dicts[DENOISER]
         denoiser = built("transformer", TITLE, lambda: Lumina2Transformer(**lumina2_config(sd)))
         assign(denoiser, sd, "transformer", TITLE)
-        vae = load_vae(state_dicts["vae"], TITLE, scaling_factor=SCALING_FACTOR, shift_factor=SHIFT_FACTOR)
+        vae = load_vae(
+            state_dicts["vae"],
+            TITLE,
+            scaling_factor=SCALING_FACTOR,
+            shift_factor=SHIFT_FACTOR,
+            channels=LATENT_CHANNELS,
+        )
         text = load_gemma(state_dicts[TEXT], tokenizers[TEXT], TITLE)
         return Parts(denoiser, vae, nn.ModuleDict({TEXT: text}), {TEXT: tokenizers[TEXT]})
 

@@ -39,6 +39,7 @@ from .versions import newer
 from .weights import Renamed, joined
 
 TITLE = "Qwen-Image"
+CLIP_LENGTH = "Qwen-Image has no CLIP; t5xxl_max_token_length is its text encoder's"
 PATCH, CHANNELS = 2, 64  # of the transformer's input: 16 latent channels of 2x2 places
 THETA = 10_000
 TEXT, TEXT_PREFIX = "text_encoder", "text_encoders.qwen25_7b.transformer."
@@ -83,7 +84,7 @@ class QwenImage:
     look = Look(50, 4.0)
     ignored: Mapping[str, str] = {
         "clip_skip": "Qwen-Image has no CLIP",
-        "max_token_length": "Qwen-Image has no CLIP; t5xxl_max_token_length is its text encoder's",
+        **dict.fromkeys(("max_token_length", "tokenizer_repeats"), CLIP_LENGTH),
         "weighted_captions": "brackets are text to Qwen2.5-VL",
         "train_embeddings": "Qwen-Image has no CLIP to learn words",
         "guidance_scale": "Qwen-Image is not distilled and is told no guidance",

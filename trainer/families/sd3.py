@@ -41,6 +41,7 @@ from .sd3_text import (
 from .t5_text import check_t5_tokenizer, load_t5, t5_weights
 from .weights import Renamed, joined
 
+LATENT_CHANNELS = 16
 SCALING_FACTOR, SHIFT_FACTOR = 1.5305, 0.0609
 SAMPLING_SHIFT = 3.0  # of the noise levels when images are drawn; training's is a setting
 ACTIVATIONS = {CLIP_L: "quick_gelu", CLIP_G: "gelu"}
@@ -163,7 +164,13 @@ class SD3:
         sd = state_dicts[DENOISER]
         denoiser = built("transformer", TITLE, lambda: build_mmdit(mmdit_config(sd)))
         assign(denoiser, sd, "transformer", TITLE)
-        vae = load_vae(state_dicts["vae"], TITLE, scaling_factor=SCALING_FACTOR, shift_factor=SHIFT_FACTOR)
+        vae = load_vae(
+            state_dicts["vae"],
+            TITLE,
+            scaling_factor=SCALING_FACTOR,
+            shift_factor=SHIFT_FACTOR,
+            channels=LATENT_CHANNELS,
+        )
         texts = {part: _text(part, state_dicts[part], tokenizers[part]) for part in own}
         parts = Parts(denoiser, vae, nn.ModuleDict(texts), {part: tokenizers[part] for part in own})
         check_widths(parts, TITLE)

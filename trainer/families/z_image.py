@@ -39,6 +39,8 @@ from .weights import Renamed, joined
 from .z_image_model import PATCH, Attention, Block, ZImageTransformer, z_image_config
 
 TITLE = "Z-Image"
+CLIP_LENGTH = "Z-Image has no CLIP; t5xxl_max_token_length is its text encoder's"
+LATENT_CHANNELS = 16
 SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
 SAMPLING_SHIFT = 3.0  # of the noise levels when images are drawn; training's is a setting
 TEXT, TEXT_PREFIX = "text_encoder", "text_encoders.qwen3_4b.transformer."
@@ -80,7 +82,7 @@ class ZImage:
     look = Look(28, 4.0)  # the base's; Turbo draws in 8 steps without a negative prompt
     ignored: Mapping[str, str] = {
         "clip_skip": "Z-Image has no CLIP",
-        "max_token_length": "Z-Image has no CLIP; t5xxl_max_token_length is its text encoder's",
+        **dict.fromkeys(("max_token_length", "tokenizer_repeats"), CLIP_LENGTH),
         "weighted_captions": "brackets are text to Qwen3",
         "train_embeddings": "Z-Image has no CLIP to learn words",
         "guidance_scale": "Z-Image is told no guidance",
@@ -143,7 +145,13 @@ class ZImage:
         _refuse_relatives(sd)
         denoiser = built("transformer", TITLE, lambda: ZImageTransformer(**z_image_config(sd)))
         assign(denoiser, sd, "transformer", TITLE)
-        vae = load_vae(state_dicts["vae"], TITLE, scaling_factor=SCALING_FACTOR, shift_factor=SHIFT_FACTOR)
+        vae = load_vae(
+            state_dicts["vae"],
+            TITLE,
+            scaling_factor=SCALING_FACTOR,
+            shift_factor=SHIFT_FACTOR,
+            channels=LATENT_CHANNELS,
+        )
         text = load_qwen(state_dicts[TEXT], tokenizers[TEXT], TITLE)
         return Parts(denoiser, vae, nn.ModuleDict({TEXT: text}), {TEXT: tokenizers[TEXT]})
 

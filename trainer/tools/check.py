@@ -44,7 +44,10 @@ class TensorRow:
 
 @dataclass(frozen=True)
 class LoraCheck:
-    """A file's tensors, the norm of each module's change, and what is to be said of them."""
+    """A file's tensors, the norm of each module's change, and what is to be said of them.
+
+    ``misplaced`` are zero tensors of modules that training reaches in every case.
+    """
 
     rows: tuple[TensorRow, ...]
     changes: Mapping[str, float]
@@ -52,11 +55,13 @@ class LoraCheck:
     not_finite: tuple[str, ...]
     expected_zero: int | None
     remarks: tuple[str, ...]
+    misplaced: tuple[str, ...] = ()
 
     @property
     def good(self) -> bool:
         """Say whether every tensor is finite and no module is untrained that should be trained."""
-        return not self.not_finite and (self.expected_zero is None or len(self.zero) == self.expected_zero)
+        counted = self.expected_zero is None or len(self.zero) == self.expected_zero
+        return counted and not self.not_finite and not self.misplaced
 
 
 def check_lora(path: Path, *, clip_skip: int | None = None) -> LoraCheck:
@@ -72,8 +77,11 @@ def check_lora(path: Path, *, clip_skip: int | None = None) -> LoraCheck:
     architecture = architecture_of(file.modules, metadata)
     expected = _expected(list(file.modules), skip, architecture)
     reason = REASONS.get(architecture, f"at clip_skip {skip} the text encoder's last layers stay untouched")
+    misplaced = _misplaced(list(file.modules), zero) if architecture == "sdxl" else ()
     remarks = _remarks(rows, zero, not_finite, expected, reason)
-    return LoraCheck(rows, changes, zero, not_finite, expected, tuple(remarks))
+    if misplaced:
+        remarks.append(f"{len(misplaced)} zero tensors are of modules that every step trains.")
+    return LoraCheck(rows, changes, zero, not_finite, expected, tuple(remarks), misplaced)
 
 
 def _row(key: str, tensor: torch.Tensor) -> TensorRow:
@@ -105,6 +113,18 @@ def _expected(names: list[str], skip: int | None, architecture: str) -> int | No
     if architecture not in SKIPPING or not any(LAYER.search(name) for name in names):
         return 0
     return None if skip is None else LAYER_MODULES * (max(1, skip) - 1)
+
+
+def _misplaced(names: list[str], zero: tuple[str, ...]) -> tuple[str, ...]:
+    """Return SDXL's zero tensors that are not of its first text encoder's last layer."""
+    layers = [int(m[1]) for name in names if FIRST_ENCODER.match(name) and (m := LAYER.search(name))]
+    last = max(layers, default=-1)
+
+    def is_last(key: str) -> bool:
+        found = LAYER.search(key)
+        return FIRST_ENCODER.match(key) is not None and found is not None and int(found[1]) == last
+
+    return tuple(key for key in zero if not is_last(key))
 
 
 def _remarks(

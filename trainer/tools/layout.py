@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from ..engine.packed_tensor import unpacked
 from ..errors import LoraGraftError, listed
 from ..families import FAMILIES
 from ..families.base import Family, Tensors
 from ..families.folders import sorted_folder
 from ..families.ldm_keys import VAE_PREFIX
-from ..families.model_files import read_folder, read_source
+from ..families.model_files import read_source
 from ..families.sources import VAE, parts_of
 from ..families.vae_prefix import NEWER_PREFIX
 from ..families.weights import Renamed, joined
@@ -92,20 +90,11 @@ def other_vae(family: Family, parts: Mapping[str, Tensors], path: Path) -> Tenso
 
 
 def _refuse_lost(family: Family, folder: Path, parts: Mapping[str, Tensors]) -> None:
-    """Raise LG-TOOL-013 where a tensor of denoiser or VAE would not be in the file."""
+    """Raise LG-TOOL-013 where a tensor of the folder would not be in the file."""
     again = family.split(family.join(parts))
     lost = [name for part, own in parts.items() for name in own if name not in again[part]]
-    for part in ("denoiser", "vae"):
-        stored = read_folder(folder / family.folders[part])
-        whole = {k: stored[k] for k in stored if not k.endswith("num_batches_tracked")}
-        if _size(whole) != _size(parts[part]):
-            lost += sorted(set(whole) - set(parts[part])) or [part]
     if lost:
         raise _unfit(folder.name, family, lost)
-
-
-def _size(tensors: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensors[name].numel() for name in tensors)
 
 
 def _unfit(name: str, family: Family, tensors: list[str]) -> LoraGraftError:
