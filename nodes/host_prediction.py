@@ -48,7 +48,8 @@ def check_prediction(model: Any, v_parameterization: bool, zero_terminal_snr: bo
             "v_parameterization": (v_parameterization, is_v),
             "zero_terminal_snr": (zero_terminal_snr, is_zero),
         }
-        unfit = {name: has for name, (want, has) in wanted.items() if want is not has}
+        # What the MODEL says of itself and the settings leave off, is switched on when the run is opened.
+        unfit = {name: has for name, (want, has) in wanted.items() if has is None or (want and not has)}
     if not unfit:
         return
     found = [c.__name__ for c in _classes(sampling)]

@@ -267,11 +267,23 @@ def test_a_clip_stopped_at_another_layer_is_refused(
 
 
 @pytest.mark.parametrize("family", ["sd2_v", "sdxl_v"])
-def test_a_base_that_predicts_velocity_needs_the_setting(server: Comfy, family: str) -> None:
-    outputs = server.run(train_prompt(family, max_train_steps=1, output_name=f"own_{family}"))
-    assert outputs["train"]["loragraft"][0]["step"] == 1
-    graph = train_prompt(family, max_train_steps=1)
+def test_a_base_that_predicts_velocity_switches_the_setting_on(server: Comfy, family: str) -> None:
+    own = train_prompt(family, max_train_steps=1, output_name=f"own_{family}")
+    assert server.run(own)["train"]["loragraft"][0]["step"] == 1
+    graph = train_prompt(family, max_train_steps=1, output_name=f"left_{family}")
     del graph["loss"], graph["train"]["inputs"]["settings"]
+    before = len(server.log)
+    assert server.run(graph)["train"]["loragraft"][0]["step"] == 1
+    assert "v_parameterization is on" in server.log[before:]
+    assert lora_of(server, f"left_{family}").is_file()
+    ours, theirs = (api.lora_tensors(lora_of(server, f"{name}_{family}")) for name in ("left", "own"))
+    assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
+
+
+def test_a_base_that_predicts_noise_refuses_the_setting(server: Comfy) -> None:
+    graph = train_prompt("sdxl", max_train_steps=1)
+    graph["loss"] = settings_node("LoraGraftLoss", v_parameterization=True)
+    graph["train"]["inputs"]["settings"] = ["loss", 0]
     with pytest.raises(ServerError, match="LG-NODE-006"):
         server.run(graph)
 

@@ -15,7 +15,6 @@ ODD = {
     "no_tokenizer": "LG-NODE-008",
     "packed": "LG-NODE-004",
     "meta": "LG-NODE-005",
-    "v_prediction": "LG-NODE-006",
     "inpaint": "LG-NODE-003",
     "no_clip": "LG-NODE-001",
     "no_vae": "LG-NODE-001",

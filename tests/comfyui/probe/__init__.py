@@ -292,7 +292,6 @@ class ProbeOddModel:
         "no_tokenizer",
         "packed",
         "meta",
-        "v_prediction",
         "inpaint",
         "no_clip",
         "no_vae",
@@ -319,15 +318,6 @@ class ProbeOddModel:
         if kind == "clip_layer":
             clip = clip.clone()
             clip.clip_layer(-2)
-            return model, clip, vae
-        if kind == "v_prediction":
-            import comfy.model_sampling as sampling
-
-            class Sampling(sampling.ModelSamplingDiscrete, sampling.V_PREDICTION):
-                pass
-
-            model = model.clone()
-            model.add_object_patch("model_sampling", Sampling(model.model.model_config))
             return model, clip, vae
         if kind == "bypass":
             model = model.clone()
