@@ -534,3 +534,47 @@ def test_a_plan_goes_on_where_a_part_fails(tmp_path: Path, monkeypatch: pytest.M
     session.conclude()
     assert session.failed == ["the files of sdxl-1024-b1", "the files of sdxl-1024-b4"]
     assert results.content["failed"]["the files of sdxl-1024-b1"] == "no room"
+
+
+def test_a_plan_is_measured_in_its_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+
+    def run(bench: Any, name: str, trainer: Any, trained: str) -> None:
+        ran.append(f"{bench.name} {name}")
+        losses = (1.0, 1.0) if not name.startswith("kohya") else (1.0, 1.1)
+        bench.runs.append(a_run(name, 1.0, losses=losses))
+
+    def profile(name: str, variant: str, *_: Any) -> dict[str, Any]:
+        ran.append(f"{name} profile of {variant}")
+        return {}
+
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "has_gpu", lambda: True)
+    monkeypatch.setattr(gpu, "prepare", lambda *_: None)
+    monkeypatch.setattr(gpu, "ceiling_of", lambda *_: None)
+    monkeypatch.setattr(gpu, "trainers", lambda names: (dict.fromkeys(names), {}))
+    monkeypatch.setattr(gpu.Bench, "run", run)
+    monkeypatch.setattr(step_profile, "profile_case", profile)
+    monkeypatch.setattr(step_profile, "lines_of", lambda found: [])
+    monkeypatch.setattr(sys, "argv", ["gpu", "flux"])
+    gpu.main()
+    assert ran == [
+        *(f"flux-1024-b1 {name}" for name in ("ours", "kohya", "peft loop")),
+        "flux-1024-b1 profile of ours",
+        *(f"flux-1024-b1 {name}" for name in ("diffusers loop", "ours fused", "ours eager")),
+        "flux-1024-b1 profile of ours fused",
+    ]
+    (file,) = tmp_path.glob("*-gpu-flux.json")
+    assert json.loads(file.read_text())["cases"]["flux-1024-b1"]["missing_peers"] == []
+    assert "DOES NOT COUNT" not in capsys.readouterr().out
+
+
+def test_a_table_of_memory_needs_no_peer(tmp_path: Path) -> None:
+    bench = run_module.Bench("flux-1024-b1", cases.CASES["flux-1024-b1"], None, tmp_path, 1)
+    bench.runs = [a_run("ours smallest", 1.0)]
+    assert bench.result()["missing_peers"] == ["kohya", "peft loop"]
+    bench.compares = gpu.PLANS["smallest"].compares
+    assert bench.result()["missing_peers"] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,18 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "norms": {"train_norm": True},
 }
 QUICK = ("lora", "lokr", "locon", "ia3")
+QUICK_FAMILIES = ("sdxl", "sd35_medium", "flux", "z_image")  # the others' own files have quick tests too
 UNETS = ("sd15", "sd2", "sdxl")
 WITHOUT_NORMS = ("sd3", "sd35_large", "sd35_medium", "qwen_image")  # whose norms have no weights, or stay
 SHORT = {"max_train_steps": 2, "train_batch_size": 2, "lr_scheduler": "constant", "learning_rate": 1e-3}
 
 
-@pytest.fixture(scope="module", params=list(tiny_families.WEIGHTS))
+def quickly(names: Iterable[str], quick: Collection[str]) -> list[Any]:
+    """Return parameters of which all but the ``quick`` ones are left to the longer suite."""
+    return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in names]
+
+
+@pytest.fixture(scope="module", params=quickly(tiny_families.WEIGHTS, QUICK_FAMILIES))
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> api.Base:
     """Return one family's tiny base."""
     return tiny_families.open_tiny(request.param, tmp_path_factory.mktemp(request.param))
@@ -79,9 +86,7 @@ def test_what_is_joined_is_what_was_split(base: api.Base) -> None:
             assert torch.equal(again[part][name], sd[name]), (part, name)
 
 
-@pytest.mark.parametrize(
-    "network", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NETWORKS]
-)
+@pytest.mark.parametrize("network", quickly(NETWORKS, QUICK))
 def test_every_network_learns_and_is_read_again(training: runs.Training, network: str) -> None:
     base, options = training.base, {**SHORT, **NETWORKS[network]}
     if base.family.name not in UNETS and (

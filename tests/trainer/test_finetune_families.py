@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loragraft.trainer import api
 from loragraft.trainer.adapters.files import read_metadata
+from loragraft.trainer.engine.packed_tensor import PackedTensor, unpacked
+from loragraft.trainer.tools.deltas import delta
 from loragraft.trainer.tools.lora_file import read_lora
+from loragraft.trainer.tools.places import places_in
 from loragraft.trainer.tools.sample import merge_into_modules
-from loragraft_tests.trainer import runs, tiny, tiny_families
+from loragraft_tests.trainer import quantised_files, runs, tiny, tiny_families
 
 QUICK = ("sd2", "flux")
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -81,3 +84,29 @@ def test_a_vae_in_half_precision_stays_so(places: api.Places, tmp_path: Path) ->
     for name, tensor in load_file(finished.model_file).items():
         dtypes.setdefault(name.partition(".")[0], set()).add(tensor.dtype)
     assert dtypes["vae"] == {torch.float16} and dtypes["model"] == {torch.bfloat16}
+
+
+def test_a_quantised_bases_model_has_its_values(places: api.Places, tmp_path: Path) -> None:
+    """A small change would be rounded away in them, so that they are written in save_precision."""
+    weights = tiny_families.WEIGHTS["flux"](tmp_path)
+    packed, _, _ = quantised_files.scaled_fp8(weights, "layer")
+    save_file({k: v.contiguous() for k, v in packed.items()}, tmp_path / "base.safetensors")
+    kinds = ("clip", "t5")
+    tokenizers = [tiny_families.TOKENIZERS[kind](tmp_path / kind) for kind in kinds]
+    base = api.open_base(tmp_path / "base.safetensors", tokenizer=tokenizers)
+    values = base.family.join(base.state_dicts)
+    held = [name for name in values if isinstance(values[name], PackedTensor)]
+    assert held, "nothing is packed in it"
+    tiny.write_images(tmp_path / "images" / "1_zibu", [(64, 64)])
+    data = runs.train_set(tmp_path / "images", resolution=64, bucket_reso_steps=32, min_bucket_reso=32)
+    options = {"save_as": "checkpoint", "save_precision": "fp32", "max_train_steps": 1}
+    finished = runs.Training(base, data, places).finish(**options)
+    assert finished.model_file is not None
+    found, lora = load_file(finished.model_file), read_lora(finished.lora_file)
+    trained = {place.key: name for name, place in places_in(values).items() if name in lora.modules}
+    assert set(trained) & set(held)
+    for name in held:
+        wanted = unpacked(values[name]).float()
+        if name in trained:
+            wanted = wanted + delta(lora.modules[trained[name]])
+        torch.testing.assert_close(found[name], wanted, rtol=1e-6, atol=1e-7)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from loragraft.trainer import api
+from loragraft.trainer.families.sd15 import SD15
 from loragraft.trainer.inputs import Inputs, texts
 from loragraft_tests.trainer import runs
 from loragraft_tests.trainer.data_folders import Refusal, golden
@@ -75,6 +76,22 @@ def test_the_second_run_finds_them(training: runs.Training, images: Path) -> Non
     last = [e for e in runs.of(again, api.Cached) if e.what == "captions"][-1]
     assert last.hits == last.total > 4
     assert runs.losses(again) == runs.losses(first)
+
+
+class Twice(SD15):
+    """Reads captions otherwise with the same text encoder, as families of one T5 do."""
+
+    name = "twice"
+
+    def encode_text(self, *given: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(2 * x for x in super().encode_text(*given))
+
+
+def test_a_family_does_not_find_what_another_has_kept(training: runs.Training) -> None:
+    training.finish(**OPTIONS)
+    other = dataclasses.replace(training, base=dataclasses.replace(training.base, family=Twice()))
+    found = [e.hits for e in runs.of(other.events(seed=1, **OPTIONS), api.Cached) if e.what == "captions"]
+    assert found and not any(found)
 
 
 def test_what_does_not_fit_into_memory_is_read_again(

@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     command = commands.add_parser(
         "convert-checkpoint",
-        help="a diffusers folder to a single file, or the other way (SD1.x)",
+        help="a diffusers folder to a single file, or a file of SD1.x, SD2.x or SDXL to a folder",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.set_defaults(run=convert_checkpoint)

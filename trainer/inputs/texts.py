@@ -170,6 +170,7 @@ class Captions:
             more["mask_padding"] = True
         return key_of(
             kind="text",
+            family=self.base.family.name,  # what one makes of a text encoder's states, another does not
             ids=ids.flatten().tolist(),
             clip_skip=self.config.clip_skip,
             text_encoder=self.base.text_hash,
