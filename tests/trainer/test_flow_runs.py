@@ -224,6 +224,13 @@ def test_both_ways_to_say_how_long_clips_captions_are_are_refused(family: Any) -
             check(api.make(api.TrainConfig, setting), family)
 
 
+@pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if isinstance(f.objective, Flow)])
+@pytest.mark.parametrize("preset", ["", "full", "everything"])
+def test_transformers_have_no_convolutions_under_any_preset(name: str, preset: str) -> None:
+    with Refusal("LG-CFG-004", "conv_dim", "convolutions"):
+        check(api.make(api.TrainConfig, {"conv_dim": 2, "preset": preset}), FAMILIES[name])
+
+
 def test_a_bucket_is_the_size_that_flux_shift_counts(straight: runs.Training) -> None:
     family: Any = straight.base.family
     straight.finish(max_train_steps=1, network_train_unet_only=True, timestep_sampling="flux_shift")

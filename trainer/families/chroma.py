@@ -61,6 +61,7 @@ class Chroma:
     ignored: Mapping[str, str] = {
         "clip_skip": "Chroma has no CLIP",
         **dict.fromkeys(("max_token_length", "tokenizer_repeats"), CLIP_LENGTH),
+        "conv_dim": "Chroma has no convolutions",
         "weighted_captions": "Chroma learnt from T5's states as they are",
         "train_embeddings": "Chroma has no CLIP to learn words",
         "guidance_scale": "Chroma is not distilled and is told no guidance",

@@ -107,7 +107,7 @@ class Flux:
             "attention": "Flux's blocks compute it with torch's own attention",
             **dict.fromkeys(("down_lr_weight", "mid_lr_weight", "up_lr_weight"), BLOCK_WEIGHTS),
             **dict.fromkeys(("block_dims", "block_alphas"), BLOCK_DIMS),
-            **dict.fromkeys(("conv_block_dims", "conv_block_alphas"), "Flux has no convolutions"),
+            **dict.fromkeys(("conv_dim", "conv_block_dims", "conv_block_alphas"), "Flux has no convolutions"),
             **version.ignored,
         }
         self.defaults: Mapping[str, Any] = {"text_encoder_lr": 0.0, **version.defaults}

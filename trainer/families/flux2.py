@@ -72,6 +72,7 @@ class Flux2Klein:
     ignored: Mapping[str, str] = {
         "clip_skip": "FLUX.2 has no CLIP",
         **dict.fromkeys(("max_token_length", "tokenizer_repeats"), CLIP_LENGTH),
+        "conv_dim": "FLUX.2 has no convolutions",
         "weighted_captions": "brackets are text to Qwen3",
         "train_embeddings": "FLUX.2 has no CLIP to learn words",
         "guidance_scale": "FLUX.2 klein is told no guidance",

@@ -68,6 +68,7 @@ class Lumina2:
     ignored: Mapping[str, str] = {
         "clip_skip": "Lumina 2 has no CLIP",
         **dict.fromkeys(("max_token_length", "tokenizer_repeats"), CLIP_LENGTH),
+        "conv_dim": "Lumina 2 has no convolutions",
         "weighted_captions": "brackets are text to Gemma 2",
         "train_embeddings": "Lumina 2 has no CLIP to learn words",
         "guidance_scale": "Lumina 2 is not distilled and is told no guidance",

@@ -85,6 +85,7 @@ class QwenImage:
     ignored: Mapping[str, str] = {
         "clip_skip": "Qwen-Image has no CLIP",
         **dict.fromkeys(("max_token_length", "tokenizer_repeats"), CLIP_LENGTH),
+        "conv_dim": "Qwen-Image has no convolutions",
         "weighted_captions": "brackets are text to Qwen2.5-VL",
         "train_embeddings": "Qwen-Image has no CLIP to learn words",
         "guidance_scale": "Qwen-Image is not distilled and is told no guidance",

@@ -83,6 +83,7 @@ class ZImage:
     ignored: Mapping[str, str] = {
         "clip_skip": "Z-Image has no CLIP",
         **dict.fromkeys(("max_token_length", "tokenizer_repeats"), CLIP_LENGTH),
+        "conv_dim": "Z-Image has no convolutions",
         "weighted_captions": "brackets are text to Qwen3",
         "train_embeddings": "Z-Image has no CLIP to learn words",
         "guidance_scale": "Z-Image is told no guidance",
