@@ -77,7 +77,7 @@ class DiffusersFlux(nn.Module):
 
 def cut(ours: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
     """Return our transformer's tensors under diffusers' names: views, and one copy whose halves change."""
-    from loragraft.trainer.families.flux_keys import BLOCKS, SWAPPED, TOP
+    from loragraft.trainer.families.names.flux_keys import BLOCKS, SWAPPED, TOP
 
     layers = dict(TOP)
     for theirs, (block, names) in BLOCKS.items():

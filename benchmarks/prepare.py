@@ -101,7 +101,7 @@ def write_weights(name: str, scratch: Path) -> dict[str, Path]:
 
 def find_tokenizers(name: str) -> dict[str, str]:
     """Return the folders of the tokenizers that an architecture needs, by kind."""
-    from loragraft.trainer.families.tokenizers import find_tokenizer
+    from loragraft.trainer.families.text.tokenizers import find_tokenizer
 
     return {kind: find_tokenizer(None, kind=kind) for kind in ARCHITECTURES[name].tokenizers}
 

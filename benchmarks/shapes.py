@@ -72,7 +72,7 @@ def flux(
     vae_widths: tuple[int, ...] = VAE_WIDTHS,
 ) -> Modules:
     """Return the parts of Flux.1 dev with so many blocks of each kind."""
-    from loragraft.trainer.families.flux_blocks import FluxTransformer
+    from loragraft.trainer.families.modules.flux_blocks import FluxTransformer
 
     clip_l, t5_xxl = clip_l or CLIP_L, t5_xxl or T5_XXL
     with torch.device("meta"):

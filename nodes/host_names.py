@@ -16,7 +16,7 @@ import comfy.sd1_clip
 import comfy.supported_models
 
 from ..trainer.errors import LoraGraftError
-from ..trainer.families.sentence_pieces import keep_pieces
+from ..trainer.families.text.sentence_pieces import keep_pieces
 
 KL = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 

@@ -55,7 +55,7 @@ from .events import Cached, Event, Failed, Finished, Note, Planned, Sampled, Sav
 from .families import FAMILIES, opening
 from .families.base import Look
 from .families.opening import Base, hash_parts, hash_weights
-from .families.tokenizers import find_tokenizer, load_tokenizer
+from .families.text.tokenizers import find_tokenizer, load_tokenizer
 from .imports.files import read_foreign
 from .imports.imported import Imported
 from .imports.kohya import read_kohya

@@ -18,10 +18,10 @@ from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .errors import LoraGraftError
 from .families.base import Tensors
-from .families.ldm_keys import VAE_PREFIX
+from .families.names.ldm_keys import VAE_PREFIX
+from .families.names.vae_prefix import NEWER_PREFIX
 from .families.opening import Base
-from .families.vae_prefix import NEWER_PREFIX
-from .families.weights import joined
+from .families.sources.weights import joined
 from .metadata import with_workflow
 from .publish import SUFFIX, checkpoint_name, sweep
 from .tools.bake import merged

@@ -58,7 +58,7 @@ def modules() -> dict[str, nn.Module]:
 
 def named() -> Iterator[tuple[str, torch.Tensor]]:
     """Yield meta tensors with their names."""
-    from loragraft.trainer.families import ldm_keys as keys
+    from loragraft.trainer.families.names import ldm_keys as keys
 
     of = {name: module.state_dict() for name, module in modules().items()}
     for new, old in keys.unet_to_ldm(of["unet"]).items():

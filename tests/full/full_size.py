@@ -41,7 +41,7 @@ def shapes() -> dict[str, torch.Tensor]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from loragraft.trainer.families import ldm_keys as keys
+    from loragraft.trainer.families.names import ldm_keys as keys
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(
@@ -83,7 +83,7 @@ def shapes() -> dict[str, torch.Tensor]:
 
 def weights(seed: int = 0, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
     """Return random weights: norms at 1 and 0, the rest uniform in +-1/sqrt(fan_in), embeddings normal."""
-    from loragraft.trainer.families import ldm_keys as keys
+    from loragraft.trainer.families.names import ldm_keys as keys
     from loragraft.trainer.objective import NoiseSchedule
 
     rng = torch.Generator().manual_seed(seed)

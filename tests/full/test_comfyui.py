@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from loragraft.trainer import api
-from loragraft.trainer.families import ldm_keys
+from loragraft.trainer.families.names import ldm_keys
 from loragraft_tests.comfyui import prompts
 from loragraft_tests.comfyui.harness import Comfy
 from loragraft_tests.full.common import DATASET, MODULES, SETTINGS, TOLERANCE, Trained

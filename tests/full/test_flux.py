@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from loragraft.trainer import api
-from loragraft.trainer.families.flux_blocks import FluxTransformer
-from loragraft.trainer.families.flux_keys import CLIP_PREFIX, T5_PREFIX
-from loragraft.trainer.families.ldm_keys import UNET_PREFIX
-from loragraft.trainer.families.ldm_vae import join_vae
+from loragraft.trainer.families.modules.flux_blocks import FluxTransformer
+from loragraft.trainer.families.names.flux_keys import CLIP_PREFIX, T5_PREFIX
+from loragraft.trainer.families.names.ldm_keys import UNET_PREFIX
+from loragraft.trainer.families.names.ldm_vae import join_vae
 from loragraft_tests.trainer import tiny, tiny_flux, tiny_t5
 
 pytestmark = pytest.mark.full

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from loragraft.trainer.families import sd3_blocks, sd3_keys
-from loragraft.trainer.families.building import assign, built
-from loragraft.trainer.families.weights import Renamed
+from loragraft.trainer.families.modules import sd3_blocks
+from loragraft.trainer.families.modules.building import assign, built
+from loragraft.trainer.families.names import sd3_keys
+from loragraft.trainer.families.sources.weights import Renamed
 
 
 def own_transformer(weights: Mapping[str, torch.Tensor]) -> nn.Module:

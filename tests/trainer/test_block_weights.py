@@ -11,7 +11,7 @@ from torch import nn
 
 from loragraft.trainer import api
 from loragraft.trainer.block_weights import SD1, SDXL, block_lr_weights, notes, zero_blocks
-from loragraft.trainer.families.unet import block_of
+from loragraft.trainer.families.modules.unet import block_of
 from loragraft.trainer.optim.curve import block_bars
 from loragraft.trainer.optim.groups import group_tensors
 from loragraft.trainer.parts import Target

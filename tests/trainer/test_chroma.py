@@ -13,8 +13,8 @@ from loragraft.trainer.errors import LoraGraftError
 from loragraft.trainer.families import FAMILIES, detect
 from loragraft.trainer.families.base import Reading
 from loragraft.trainer.families.chroma import Chroma
-from loragraft.trainer.families.chroma_keys import chroma_from_diffusers
-from loragraft.trainer.families.chroma_model import ChromaTransformer, chroma_config
+from loragraft.trainer.families.modules.chroma_model import ChromaTransformer, chroma_config
+from loragraft.trainer.families.names.chroma_keys import chroma_from_diffusers
 from loragraft.trainer.parts import Parts
 from loragraft_tests.trainer import comfy_peer, dit_checks, tiny_dits, tiny_t5
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from loragraft.trainer import api
 from loragraft.trainer.engine.precision import place, resolve
-from loragraft.trainer.families import weights
-from loragraft.trainer.families.weights import DTYPES, FileWeights, Renamed, joined
+from loragraft.trainer.families.sources import weights
+from loragraft.trainer.families.sources.weights import DTYPES, FileWeights, Renamed, joined
 from loragraft_tests.trainer import tiny
 from loragraft_tests.trainer.data_folders import Refusal
 

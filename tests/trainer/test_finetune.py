@@ -20,7 +20,7 @@ from loragraft.trainer.adapters.files import read_metadata
 from loragraft.trainer.data.batches import plan_epoch
 from loragraft.trainer.data.train_set import Block, freeze_blocks
 from loragraft.trainer.engine.steps import Micro
-from loragraft.trainer.families.ldm_keys import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
+from loragraft.trainer.families.names.ldm_keys import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
 from loragraft.trainer.tools.bake import merge_into_checkpoint
 from loragraft.trainer.tools.lora_file import read_lora
 from loragraft_tests.trainer import runs, tiny

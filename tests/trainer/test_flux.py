@@ -19,10 +19,11 @@ from loragraft.trainer.engine.frozen import freeze
 from loragraft.trainer.engine.precision import KEPT_WHOLE
 from loragraft.trainer.engine.swap import Swap
 from loragraft.trainer.errors import LoraGraftError
-from loragraft.trainer.families import FAMILIES, detect, flux_keys, opening
+from loragraft.trainer.families import FAMILIES, detect, opening
 from loragraft.trainer.families.base import Reading
-from loragraft.trainer.families.flux_blocks import FluxTransformer
-from loragraft.trainer.families.flux_targets import find_flux_targets
+from loragraft.trainer.families.modules.flux_blocks import FluxTransformer
+from loragraft.trainer.families.names import flux_keys
+from loragraft.trainer.families.targets.flux_targets import find_flux_targets
 from loragraft.trainer.parts import Parts
 from loragraft_tests.conftest import TESTS
 from loragraft_tests.trainer import tiny_flux
@@ -86,7 +87,7 @@ def diffusers_output(model: Any, guidance: float | None, given: dict[str, torch.
 def test_it_computes_what_diffusers_does(width: int, head_dim: int, guided: bool, masked: bool) -> None:
     theirs = tiny_flux.random_transformer(guided=guided, width=width, head_dim=head_dim)
     family, given = tiny_flux.family(guided=guided), inputs()
-    from loragraft.trainer.families.flux_blocks import flux_config
+    from loragraft.trainer.families.modules.flux_blocks import flux_config
 
     weights = flux_keys.from_diffusers(theirs.state_dict())
     ours = FluxTransformer(**flux_config(weights))
@@ -157,7 +158,7 @@ def test_other_names_of_the_same_weights_are_read() -> None:
 
 
 def test_loading_copies_nothing(folders: Folders) -> None:
-    from loragraft.trainer.families.tokenizers import load_tokenizer
+    from loragraft.trainer.families.text.tokenizers import load_tokenizer
 
     own, weights = tiny_flux.family(), tiny_flux.single_file_weights()
     tokenizers = {"text_encoder": load_tokenizer(str(folders.clip), "clip")}
@@ -203,7 +204,7 @@ def test_models_that_see_a_second_picture_are_refused(folders: Folders) -> None:
     ],
 )
 def test_a_base_that_is_not_whole_is_refused(folders: Folders, missing: str, part: str) -> None:
-    from loragraft.trainer.families.tokenizers import load_tokenizer
+    from loragraft.trainer.families.text.tokenizers import load_tokenizer
 
     own, weights = tiny_flux.family(), tiny_flux.single_file_weights()
     del weights[missing]
@@ -219,7 +220,7 @@ def test_another_models_text_encoder_is_refused(folders: Folders) -> None:
     name = "model.diffusion_model.txt_in.weight"
     weights[name] = torch.cat([weights[name]] * 2, dim=1)
     tokenizers: Any = {"text_encoder": None, "text_encoder_2": None}
-    from loragraft.trainer.families.tokenizers import load_tokenizer
+    from loragraft.trainer.families.text.tokenizers import load_tokenizer
 
     tokenizers["text_encoder"] = load_tokenizer(str(folders.clip), "clip")
     tokenizers["text_encoder_2"] = load_tokenizer(str(folders.t5), "t5")
@@ -464,6 +465,8 @@ def test_layers_around_the_blocks_are_never_packed(folders: Folders, storage: st
 GIVEN: dict[str, Any] = {
     "clip_skip": 2,
     "max_token_length": 150,
+    "tokenizer_repeats": 2,
+    "conv_dim": 4,
     "weighted_captions": True,
     "train_embeddings": ("zibu",),
     "attention": "plain",

@@ -12,8 +12,8 @@ from loragraft.trainer.errors import LoraGraftError
 from loragraft.trainer.families import FAMILIES
 from loragraft.trainer.families.base import Reading
 from loragraft.trainer.families.flux2 import Flux2Klein, empirical_mu
-from loragraft.trainer.families.flux2_keys import flux2_from_diffusers
-from loragraft.trainer.families.flux2_model import Flux2Transformer, flux2_config
+from loragraft.trainer.families.modules.flux2_model import Flux2Transformer, flux2_config
+from loragraft.trainer.families.names.flux2_keys import flux2_from_diffusers
 from loragraft.trainer.parts import Parts
 from loragraft_tests.trainer import comfy_peer, dit_checks, tiny_dits
 

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 from loragraft.trainer.adapters import network
 from loragraft.trainer.adapters.settings import Settings
-from loragraft.trainer.families import flux_keys
 from loragraft.trainer.families.base import Reading
 from loragraft.trainer.families.drawing import Guided, sample, start_noise
-from loragraft.trainer.families.flux_keys import UNET_PREFIX
-from loragraft.trainer.families.flux_targets import find_flux_targets
+from loragraft.trainer.families.names import flux_keys
+from loragraft.trainer.families.names.flux_keys import UNET_PREFIX
+from loragraft.trainer.families.targets.flux_targets import find_flux_targets
 from loragraft.trainer.parts import Parts
 from loragraft.trainer.patterns import patterns
 from loragraft_tests.trainer import comfy_peer, networks, tiny_flux

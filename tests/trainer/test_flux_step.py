@@ -11,7 +11,7 @@ import torch
 
 from loragraft.trainer.adapters import network
 from loragraft.trainer.adapters.settings import Settings
-from loragraft.trainer.families.flux_targets import find_flux_targets
+from loragraft.trainer.families.targets.flux_targets import find_flux_targets
 from loragraft.trainer.objective import Flow
 from loragraft.trainer.parts import Parts
 from loragraft_tests.conftest import TESTS

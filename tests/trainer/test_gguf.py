@@ -17,8 +17,8 @@ from loragraft.trainer.engine import ggml
 from loragraft.trainer.engine.ggml import BLOCK_TYPES, unpack_blocks
 from loragraft.trainer.engine.packed_tensor import PackedTensor, unpacked
 from loragraft.trainer.errors import LoraGraftError
-from loragraft.trainer.families.gguf_file import DamagedGGUF, GGUFWeights
-from loragraft.trainer.families.model_files import read_file
+from loragraft.trainer.families.sources.gguf_file import DamagedGGUF, GGUFWeights
+from loragraft.trainer.families.sources.model_files import read_file
 from loragraft_tests.fuzz import cases
 from loragraft_tests.trainer import quantised_files as files
 from loragraft_tests.trainer.data_folders import Refusal

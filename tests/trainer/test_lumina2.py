@@ -17,10 +17,10 @@ from loragraft.trainer.errors import LoraGraftError
 from loragraft.trainer.families import FAMILIES
 from loragraft.trainer.families.base import Reading
 from loragraft.trainer.families.lumina2 import SYSTEM_PROMPT, Lumina2
-from loragraft.trainer.families.lumina2_keys import lumina2_from_diffusers
-from loragraft.trainer.families.lumina2_model import Lumina2Transformer, lumina2_config
-from loragraft.trainer.families.sentence_pieces import keep_pieces
-from loragraft.trainer.families.tokenizers import load_tokenizer
+from loragraft.trainer.families.modules.lumina2_model import Lumina2Transformer, lumina2_config
+from loragraft.trainer.families.names.lumina2_keys import lumina2_from_diffusers
+from loragraft.trainer.families.text.sentence_pieces import keep_pieces
+from loragraft.trainer.families.text.tokenizers import load_tokenizer
 from loragraft.trainer.objective.flow_times import Times, drawn_level
 from loragraft.trainer.parts import Parts
 from loragraft_tests.trainer import comfy_peer, dit_checks, tiny_dits

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loragraft.trainer.families.openclip import from_hf, named_by_hf, to_hf
-from loragraft.trainer.families.pieces import Pieced
+from loragraft.trainer.families.names.pieces import Pieced
+from loragraft.trainer.families.text.openclip import from_hf, named_by_hf, to_hf
 from loragraft_tests.trainer import tiny_sdxl
 
 SIZES = {"clip_h": (1024, 4096, 24, 16), "clip_g": (1280, 5120, 32, 20)}

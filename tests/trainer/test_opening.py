@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loragraft.trainer import api
-from loragraft.trainer.families import FAMILIES, opening, tokenizers
-from loragraft.trainer.families import ldm_keys as keys
+from loragraft.trainer.families import FAMILIES, opening
+from loragraft.trainer.families.names import ldm_keys as keys
+from loragraft.trainer.families.text import tokenizers
 from loragraft_tests.trainer import runs, tiny, tiny_flux
 from loragraft_tests.trainer.data_folders import Refusal
 

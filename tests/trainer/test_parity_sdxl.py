@@ -22,7 +22,7 @@ from torch import nn
 
 from loragraft.trainer import api
 from loragraft.trainer.engine.steps import Micro
-from loragraft.trainer.families.ldm_keys import unet_to_ldm
+from loragraft.trainer.families.names.ldm_keys import unet_to_ldm
 from loragraft.trainer.families.sd2 import SD2
 from loragraft.trainer.families.sdxl import SDXL
 from loragraft.trainer.inputs import Fed, Inputs

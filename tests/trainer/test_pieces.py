@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loragraft.trainer.families.pieces import Piece, Pieced, share, stacked, swapped
+from loragraft.trainer.families.names.pieces import Piece, Pieced, share, stacked, swapped
 
 
 def source() -> dict[str, torch.Tensor]:

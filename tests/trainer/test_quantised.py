@@ -21,9 +21,10 @@ from loragraft.trainer.engine.ggml import BLOCK_TYPES
 from loragraft.trainer.engine.packed_tensor import PackedTensor, moved, unpacked
 from loragraft.trainer.engine.precision import place, resolve
 from loragraft.trainer.engine.storage import Packed, stacked
-from loragraft.trainer.families import FAMILIES, ldm_keys, opening
-from loragraft.trainer.families.model_files import read_file
-from loragraft.trainer.families.quantised import QuantisedWeights, read_quantised
+from loragraft.trainer.families import FAMILIES, opening
+from loragraft.trainer.families.names import ldm_keys
+from loragraft.trainer.families.sources.model_files import read_file
+from loragraft.trainer.families.sources.quantised import QuantisedWeights, read_quantised
 from loragraft.trainer.safefile import tensor_bytes
 from loragraft_tests.trainer import quantised_files as files
 from loragraft_tests.trainer import runs, tiny

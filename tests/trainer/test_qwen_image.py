@@ -15,10 +15,10 @@ from loragraft.trainer.contradictions.family import check
 from loragraft.trainer.families import FAMILIES
 from loragraft.trainer.families import qwen_image as module
 from loragraft.trainer.families.base import Reading
+from loragraft.trainer.families.modules.qwen_vae import file_names, vae_config, vae_names
 from loragraft.trainer.families.qwen_image import CHAT, QwenImage, transformer_config
-from loragraft.trainer.families.qwen_text import qwen_config
-from loragraft.trainer.families.qwen_vae import file_names, vae_config, vae_names
-from loragraft.trainer.families.tokenizers import KINDS, load_tokenizer
+from loragraft.trainer.families.text.qwen_text import qwen_config
+from loragraft.trainer.families.text.tokenizers import KINDS, load_tokenizer
 from loragraft.trainer.parts import Parts
 from loragraft_tests.conftest import comfyui_path
 from loragraft_tests.trainer import tiny_qwen as tiny

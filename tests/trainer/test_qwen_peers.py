@@ -15,13 +15,13 @@ from torch import nn
 from loragraft.trainer import api
 from loragraft.trainer.adapters import network
 from loragraft.trainer.families.base import Reading
+from loragraft.trainer.families.modules.z_image_model import ZImageTransformer
 from loragraft.trainer.families.qwen_image import CHAT as QWEN_CHAT
 from loragraft.trainer.families.qwen_image import QwenImage
-from loragraft.trainer.families.qwen_text import chat_tokens, qwen_config
-from loragraft.trainer.families.tokenizers import KINDS, load_tokenizer
+from loragraft.trainer.families.text.qwen_text import chat_tokens, qwen_config
+from loragraft.trainer.families.text.tokenizers import KINDS, load_tokenizer
 from loragraft.trainer.families.z_image import CHAT as Z_CHAT
 from loragraft.trainer.families.z_image import ZImage
-from loragraft.trainer.families.z_image_model import ZImageTransformer
 from loragraft.trainer.parts import Parts
 from loragraft_tests.comfyui.harness import python
 from loragraft_tests.trainer import comfy_peer, dit_checks, networks

@@ -13,12 +13,12 @@ from torch import nn
 from loragraft.trainer import api
 from loragraft.trainer.adapters import network
 from loragraft.trainer.families import drawing
-from loragraft.trainer.families import ldm_keys as keys
-from loragraft.trainer.families.autoencoder import vae_config
 from loragraft.trainer.families.base import Reading
-from loragraft.trainer.families.clip_text import text_config
+from loragraft.trainer.families.modules.autoencoder import vae_config
+from loragraft.trainer.families.names import ldm_keys as keys
 from loragraft.trainer.families.sd15 import SCALING_FACTOR, SD15, config_of
-from loragraft.trainer.families.tokenizers import load_tokenizer
+from loragraft.trainer.families.text.clip_text import text_config
+from loragraft.trainer.families.text.tokenizers import load_tokenizer
 from loragraft.trainer.parts import Parts
 from loragraft_tests.trainer import runs, tiny
 from loragraft_tests.trainer.data_folders import Refusal, golden

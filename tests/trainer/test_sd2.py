@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from loragraft.trainer import api
-from loragraft.trainer.families import ldm_keys as keys
 from loragraft.trainer.families.base import Reading
+from loragraft.trainer.families.modules.unet import unet_config
+from loragraft.trainer.families.names import ldm_keys as keys
+from loragraft.trainer.families.names.unet_kinds import heads_of
 from loragraft.trainer.families.sd2 import SD2
-from loragraft.trainer.families.unet import unet_config
-from loragraft.trainer.families.unet_kinds import heads_of
 from loragraft.trainer.parts import Parts
 from loragraft_tests.trainer import runs, tiny, tiny_sd2
 from loragraft_tests.trainer.data_folders import Refusal, golden

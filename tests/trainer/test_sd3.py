@@ -12,11 +12,12 @@ from torch import nn
 
 from loragraft.trainer.adapters import network
 from loragraft.trainer.engine.attention import restore_attention, use_attention
-from loragraft.trainer.families import FAMILIES, sd3_keys
+from loragraft.trainer.families import FAMILIES
 from loragraft.trainer.families.base import Reading
+from loragraft.trainer.families.names import sd3_keys
 from loragraft.trainer.families.sd3 import VERSIONS
-from loragraft.trainer.families.t5_text import load_t5
-from loragraft.trainer.families.tokenizers import load_tokenizer
+from loragraft.trainer.families.text.t5_text import load_t5
+from loragraft.trainer.families.text.tokenizers import load_tokenizer
 from loragraft.trainer.objective.flow import PREDICTIONS, Flow, flow_weight
 from loragraft.trainer.parts import Parts
 from loragraft_tests.trainer import parity, tiny_sd3, tiny_t5

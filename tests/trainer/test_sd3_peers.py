@@ -12,8 +12,8 @@ from torch import nn
 
 from loragraft.trainer.adapters import network
 from loragraft.trainer.families import FAMILIES
+from loragraft.trainer.families.names.sd3_keys import their_module
 from loragraft.trainer.families.sd3 import VERSIONS
-from loragraft.trainer.families.sd3_keys import their_module
 from loragraft.trainer.parts import Parts
 from loragraft.trainer.tools import bake, lora_file
 from loragraft.trainer.tools.convert import convert_naming

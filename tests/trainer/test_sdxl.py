@@ -13,10 +13,10 @@ from torch import nn
 
 from loragraft.trainer import api
 from loragraft.trainer.families import FAMILIES
-from loragraft.trainer.families import ldm_keys as keys
 from loragraft.trainer.families.base import Reading
+from loragraft.trainer.families.modules.sdxl_unet import config_of
+from loragraft.trainer.families.names import ldm_keys as keys
 from loragraft.trainer.families.sdxl import SDXL
-from loragraft.trainer.families.sdxl_unet import config_of
 from loragraft.trainer.parts import Parts
 from loragraft_tests.trainer import tiny_sd2, tiny_sdxl
 from loragraft_tests.trainer.data_folders import Refusal, golden

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from loragraft.trainer import __main__ as cli
 from loragraft.trainer import api
 from loragraft.trainer.errors import LoraGraftError
-from loragraft.trainer.families import FAMILIES, ldm_keys
-from loragraft.trainer.families.openclip import to_hf
-from loragraft.trainer.families.pieces import Pieced
-from loragraft.trainer.families.sources import Source, bring_together, parts_of
-from loragraft.trainer.families.text_files import GEMMA_NAMES, LLM_NAMES, T5_NAMES, read_text_file
+from loragraft.trainer.families import FAMILIES
+from loragraft.trainer.families.names import ldm_keys
+from loragraft.trainer.families.names.pieces import Pieced
+from loragraft.trainer.families.sources.sources import Source, bring_together, parts_of
+from loragraft.trainer.families.sources.text_files import GEMMA_NAMES, LLM_NAMES, T5_NAMES, read_text_file
+from loragraft.trainer.families.text.openclip import to_hf
 from loragraft_tests.fuzz import cases
 from loragraft_tests.trainer import (
     quantised_files,

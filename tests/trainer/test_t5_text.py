@@ -11,8 +11,8 @@ from torch import nn
 
 from loragraft.trainer.engine.frozen import freeze
 from loragraft.trainer.errors import LoraGraftError
-from loragraft.trainer.families import t5_text
-from loragraft.trainer.families.tokenizers import load_tokenizer
+from loragraft.trainer.families.text import t5_text
+from loragraft.trainer.families.text.tokenizers import load_tokenizer
 from loragraft_tests.trainer import tiny_t5
 
 CAPTIONS = ["a cat", "on the mat, with a very long tail"]

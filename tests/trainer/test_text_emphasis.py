@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from loragraft.trainer import api
 from loragraft.trainer.families.base import Reading
-from loragraft.trainer.families.clip_tokens import in_chunks
-from loragraft.trainer.families.emphasis import emphasise, parse_emphasis
+from loragraft.trainer.families.text.clip_tokens import in_chunks
+from loragraft.trainer.families.text.emphasis import emphasise, parse_emphasis
 from loragraft_tests.trainer import runs, tiny
 from loragraft_tests.trainer.data_folders import golden
 

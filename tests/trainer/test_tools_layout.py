@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loragraft.trainer import api
-from loragraft.trainer.families.folders import sorted_folder
+from loragraft.trainer.families.sources.folders import sorted_folder
 from loragraft.trainer.tools import folder_layout
 from loragraft_tests.trainer import (
     tiny,

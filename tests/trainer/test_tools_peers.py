@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from loragraft.trainer.families import (
+from loragraft.trainer.families import z_image
+from loragraft.trainer.families.names import (
     chroma_keys,
     flux2_keys,
     flux_keys,
     ldm_keys,
     lumina2_keys,
     sd3_keys,
-    z_image,
 )
 from loragraft.trainer.tools import lora_file, places
 from loragraft.trainer.tools.convert import convert_naming

@@ -12,12 +12,13 @@ from torch import nn
 
 from loragraft.trainer.config import TrainConfig
 from loragraft.trainer.contradictions.family import check
-from loragraft.trainer.families import FAMILIES, qwen_text
+from loragraft.trainer.families import FAMILIES
 from loragraft.trainer.families.base import Reading
-from loragraft.trainer.families.tokenizers import load_tokenizer
-from loragraft.trainer.families.versions import newer
+from loragraft.trainer.families.modules.z_image_model import ZImageTransformer, z_image_config
+from loragraft.trainer.families.sources.versions import newer
+from loragraft.trainer.families.text import qwen_text
+from loragraft.trainer.families.text.tokenizers import load_tokenizer
 from loragraft.trainer.families.z_image import ZImage
-from loragraft.trainer.families.z_image_model import ZImageTransformer, z_image_config
 from loragraft.trainer.parts import Parts
 from loragraft_tests.trainer import tiny_qwen as tiny
 from loragraft_tests.trainer.data_folders import Refusal

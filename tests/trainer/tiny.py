@@ -80,7 +80,7 @@ def single_file_weights(
     unet: torch.nn.Module, vae: torch.nn.Module, text: torch.nn.Module
 ) -> dict[str, torch.Tensor]:
     """Return the modules' weights under SD1.5's single-file names."""
-    from loragraft.trainer.families import ldm_keys as keys
+    from loragraft.trainer.families.names import ldm_keys as keys
 
     u, v, t = unet.state_dict(), vae.state_dict(), text.state_dict()
     weights = {keys.UNET_PREFIX + new: u[old] for new, old in keys.unet_to_ldm(u).items()}

@@ -122,7 +122,7 @@ def write_checkpoint(
 
 def load_parts(folders: Folders, *, guided: bool = True, seed: int = 0) -> Any:
     """Return a random model's modules, loaded from single-file weights."""
-    from loragraft.trainer.families.tokenizers import load_tokenizer
+    from loragraft.trainer.families.text.tokenizers import load_tokenizer
 
     own = family(guided=guided)
     tokenizers = {

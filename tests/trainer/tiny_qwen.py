@@ -182,7 +182,7 @@ def qwen_image_file(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]
 
 def z_image_file(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
     """Return a tiny Z-Image under the names of a complete checkpoint."""
-    from loragraft.trainer.families.ldm_vae import join_vae
+    from loragraft.trainer.families.names.ldm_vae import join_vae
 
     file: dict[str, torch.Tensor] = {}
     own = modules["transformer"].state_dict()

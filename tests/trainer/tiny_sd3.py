@@ -96,7 +96,7 @@ def random_modules(version: str, seed: int = 0, **changes: Any) -> dict[str, nn.
 
 def single_file_weights(modules: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
     """Return the modules' weights under the names of a single file."""
-    from loragraft.trainer.families import ldm_keys as keys
+    from loragraft.trainer.families.names import ldm_keys as keys
 
     weights = {"model.diffusion_model." + k: v for k, v in mmdit_weights(modules["transformer"]).items()}
     vae = modules["vae"].state_dict()

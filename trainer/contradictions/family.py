@@ -117,7 +117,9 @@ def _check_blocks(config: TrainConfig, family: Trained, where: str) -> None:
                 f"{name} has {len(text.split(','))} values, but '{family.name}' has {count} blocks.",
                 where,
                 why="which block a value is for would not be known.",
-                fix=f"give {count} values" if count else f"clear {name}; network_reg_dims has patterns instead",
+                fix=f"give {count} values"
+                if count
+                else f"clear {name}; network_reg_dims has patterns",
             )
 
 

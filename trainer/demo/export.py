@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from ..families.ldm_keys import (
+from ..families.names.ldm_keys import (
     TEXT_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,

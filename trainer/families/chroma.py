@@ -13,19 +13,19 @@ from ..block_weights import Blocks
 from ..objective import Objective
 from ..objective.flow import FLUX_MU, Flow
 from ..parts import DENOISER, Parts, Target
-from .autoencoder import decoded, load_vae, moments_of, scaled_latents
 from .base import Look, Reading, Tensors, Texts
-from .block_targets import find_block_targets
-from .building import assign, built
-from .chroma_keys import chroma_from_diffusers
-from .chroma_model import PATCH, ChromaTransformer, chroma_config
-from .flux_keys import T5_PREFIX, join_denoiser, split_denoiser
-from .ldm_keys import UNET_PREFIX
-from .ldm_vae import join_vae, split_vae, vae_from_folder
-from .stream_blocks import DoubleBlock, SelfAttention, SingleBlock
-from .t5_text import check_t5_tokenizer, encode_t5, load_t5, t5_longest, t5_tokens, t5_weights
-from .vae_prefix import with_ldm_prefix
-from .weights import Renamed, joined
+from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
+from .modules.building import assign, built
+from .modules.chroma_model import PATCH, ChromaTransformer, chroma_config
+from .modules.stream_blocks import DoubleBlock, SelfAttention, SingleBlock
+from .names.chroma_keys import chroma_from_diffusers
+from .names.flux_keys import T5_PREFIX, join_denoiser, split_denoiser
+from .names.ldm_keys import UNET_PREFIX
+from .names.ldm_vae import join_vae, split_vae, vae_from_folder
+from .names.vae_prefix import with_ldm_prefix
+from .sources.weights import Renamed, joined
+from .targets.block_targets import find_block_targets
+from .text.t5_text import check_t5_tokenizer, encode_t5, load_t5, t5_longest, t5_tokens, t5_weights
 
 TITLE = "Chroma"
 CLIP_LENGTH = "Chroma has no CLIP; t5xxl_max_token_length is T5's"

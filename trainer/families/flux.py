@@ -16,18 +16,18 @@ from ..block_weights import Blocks
 from ..errors import LoraGraftError
 from ..objective import FLUX_MU, Flow, Objective
 from ..parts import DENOISER, Parts, Target
-from . import flux_keys
-from .autoencoder import decoded, load_vae, moments_of, scaled_latents
 from .base import Look, Reading, Tensors, Texts
-from .building import assign, built, unfit
-from .clip_text import clip_tokens, load_clip_text, text_width
-from .flux_blocks import PATCH, FluxTransformer, flux_config
-from .flux_targets import find_flux_targets
-from .ldm_keys import UNET_PREFIX
-from .ldm_vae import join_vae, split_vae, vae_from_folder
-from .t5_text import check_t5_tokenizer, encode_t5, load_t5, t5_longest, t5_tokens, t5_weights
-from .vae_prefix import with_ldm_prefix, with_newer_prefix
-from .weights import joined
+from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
+from .modules.building import assign, built, unfit
+from .modules.flux_blocks import PATCH, FluxTransformer, flux_config
+from .names import flux_keys
+from .names.ldm_keys import UNET_PREFIX
+from .names.ldm_vae import join_vae, split_vae, vae_from_folder
+from .names.vae_prefix import with_ldm_prefix, with_newer_prefix
+from .sources.weights import joined
+from .targets.flux_targets import find_flux_targets
+from .text.clip_text import clip_tokens, load_clip_text, text_width
+from .text.t5_text import check_t5_tokenizer, encode_t5, load_t5, t5_longest, t5_tokens, t5_weights
 
 TITLE = "Flux.1"
 CLIP_LENGTH = "of CLIP, Flux sees only the pooled state; t5xxl_max_token_length is T5's"

@@ -14,19 +14,19 @@ from ..objective import Objective
 from ..objective.flow import Flow
 from ..parts import DENOISER, Parts, Target
 from .base import Look, Reading, Tensors, Texts
-from .block_targets import find_block_targets
-from .building import assign, built, count
-from .flux2_keys import flux2_from_diffusers, join_flux2_vae, split_flux2_vae, without_counter
-from .flux2_model import Flux2Transformer, flux2_config
-from .flux2_text import LAYERS, encode_klein, klein_reading, klein_shapes, klein_tokens
-from .flux2_vae import flux2_decoded, flux2_moments, load_flux2_vae
-from .flux_keys import join_denoiser, split_denoiser
-from .ldm_keys import UNET_PREFIX
-from .ldm_vae import vae_from_folder
-from .qwen_text import load_qwen, qwen_weights
-from .stream_blocks import DoubleBlock, SelfAttention, SingleBlock
-from .vae_prefix import with_ldm_prefix, with_newer_prefix
-from .weights import Renamed, joined
+from .modules.building import assign, built, count
+from .modules.flux2_model import Flux2Transformer, flux2_config
+from .modules.flux2_vae import flux2_decoded, flux2_moments, load_flux2_vae
+from .modules.stream_blocks import DoubleBlock, SelfAttention, SingleBlock
+from .names.flux2_keys import flux2_from_diffusers, join_flux2_vae, split_flux2_vae, without_counter
+from .names.flux_keys import join_denoiser, split_denoiser
+from .names.ldm_keys import UNET_PREFIX
+from .names.ldm_vae import vae_from_folder
+from .names.vae_prefix import with_ldm_prefix, with_newer_prefix
+from .sources.weights import Renamed, joined
+from .targets.block_targets import find_block_targets
+from .text.flux2_text import LAYERS, encode_klein, klein_reading, klein_shapes, klein_tokens
+from .text.qwen_text import load_qwen, qwen_weights
 
 TITLE = "FLUX.2 klein"
 CLIP_LENGTH = "FLUX.2 has no CLIP; t5xxl_max_token_length is its text encoder's"

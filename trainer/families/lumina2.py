@@ -13,18 +13,18 @@ from ..block_weights import Blocks
 from ..objective import Objective
 from ..objective.flow import Flow
 from ..parts import DENOISER, Parts, Target
-from .autoencoder import decoded, load_vae, moments_of, scaled_latents
 from .base import Look, Reading, Tensors, Texts
-from .block_targets import find_block_targets
-from .building import assign, built
-from .gemma_text import encode_gemma, gemma_longest, gemma_tokens, gemma_weights, load_gemma
-from .ldm_keys import UNET_PREFIX
-from .ldm_vae import join_vae, split_vae, vae_from_folder
-from .lumina2_keys import lumina2_from_diffusers
-from .lumina2_model import Block, GroupedAttention, Lumina2Transformer, lumina2_config
-from .vae_prefix import with_ldm_prefix, with_newer_prefix
-from .weights import Renamed, joined
-from .z_image_model import PATCH, FinalLayer
+from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
+from .modules.building import assign, built
+from .modules.lumina2_model import Block, GroupedAttention, Lumina2Transformer, lumina2_config
+from .modules.z_image_model import PATCH, FinalLayer
+from .names.ldm_keys import UNET_PREFIX
+from .names.ldm_vae import join_vae, split_vae, vae_from_folder
+from .names.lumina2_keys import lumina2_from_diffusers
+from .names.vae_prefix import with_ldm_prefix, with_newer_prefix
+from .sources.weights import Renamed, joined
+from .targets.block_targets import find_block_targets
+from .text.gemma_text import encode_gemma, gemma_longest, gemma_tokens, gemma_weights, load_gemma
 
 TITLE = "Lumina 2"
 CLIP_LENGTH = "Lumina 2 has no CLIP; t5xxl_max_token_length is its text encoder's"

@@ -19,13 +19,13 @@ from ..parts import DENOISER, TEXT_ENCODERS, Parts
 from ..safefile import tensor_bytes
 from . import FAMILIES, detect
 from .base import Family, Tensors
-from .building import unfit
-from .folders import read_hints, sorted_folder
-from .model_files import read_source
-from .quantised import read_quantised
-from .sentence_pieces import pieces_in
-from .sources import SHAPELESS, Sources, bring_together, missing_parts, unused_parts
-from .tokenizers import KINDS, find_tokenizer, load_tokenizer
+from .modules.building import unfit
+from .sources.folders import read_hints, sorted_folder
+from .sources.model_files import read_source
+from .sources.quantised import read_quantised
+from .sources.sources import SHAPELESS, Sources, bring_together, missing_parts, unused_parts
+from .text.sentence_pieces import pieces_in
+from .text.tokenizers import KINDS, find_tokenizer, load_tokenizer
 
 TRAINABLE = (torch.float32, torch.float16, torch.bfloat16)
 PLAIN = ""

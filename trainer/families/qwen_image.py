@@ -18,10 +18,23 @@ from ..objective import Objective
 from ..objective.flow import Flow, LinearMu
 from ..parts import DENOISER, Parts, Target
 from .base import Look, Reading, Tensors, Texts
-from .block_targets import find_block_targets
-from .building import assign, built, count
-from .ldm_keys import UNET_PREFIX, VAE_PREFIX
-from .qwen_text import (
+from .modules.building import assign, built, count
+from .modules.qwen_vae import (
+    FACTOR,
+    file_names,
+    load_qwen_vae,
+    normalised,
+    vae_names,
+    video_decoded,
+    video_moments,
+)
+from .modules.stream_blocks import packed, unpacked
+from .names.ldm_keys import UNET_PREFIX, VAE_PREFIX
+from .names.vae_prefix import with_ldm_prefix, with_newer_prefix
+from .sources.versions import newer
+from .sources.weights import Renamed, joined
+from .targets.block_targets import find_block_targets
+from .text.qwen_text import (
     BEGIN,
     END,
     Chat,
@@ -32,11 +45,6 @@ from .qwen_text import (
     long_enough,
     qwen_weights,
 )
-from .qwen_vae import FACTOR, file_names, load_qwen_vae, normalised, vae_names, video_decoded, video_moments
-from .stream_blocks import packed, unpacked
-from .vae_prefix import with_ldm_prefix, with_newer_prefix
-from .versions import newer
-from .weights import Renamed, joined
 
 TITLE = "Qwen-Image"
 CLIP_LENGTH = "Qwen-Image has no CLIP; t5xxl_max_token_length is its text encoder's"

@@ -16,21 +16,21 @@ from torch import nn
 from ..block_weights import SD1, Blocks
 from ..objective import NoiseSchedule, Objective
 from ..parts import Parts, Target
-from . import clip_text
-from .autoencoder import decoded, load_vae, moments_of, scaled_latents
 from .base import Look, Reading, Tensors, Texts
-from .building import assign, built, count
-from .clip_tokens import CHUNK
-from .emphasis import emphasise
-from .ldm_keys import UNET_PREFIX, unet_to_diffusers, unet_to_ldm
-from .ldm_vae import join_vae, split_vae, vae_from_folder
-from .openclip import HF_LAYER, HF_PROJECTION, from_hf, named_by_hf, to_hf, without
-from .pieces import Pieced, Recipe
-from .targets import find_targets
-from .unet import block_of, check_context, predict_unet, unet_config
-from .unet_kinds import heads_of, refuse_relatives, unet_kind
-from .weights import Renamed, joined
-from .words import add_words, word_rows
+from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
+from .modules.building import assign, built, count
+from .modules.unet import block_of, check_context, predict_unet, unet_config
+from .names.ldm_keys import UNET_PREFIX, unet_to_diffusers, unet_to_ldm
+from .names.ldm_vae import join_vae, split_vae, vae_from_folder
+from .names.pieces import Pieced, Recipe
+from .names.unet_kinds import heads_of, refuse_relatives, unet_kind
+from .sources.weights import Renamed, joined
+from .targets.targets import find_targets
+from .text import clip_text
+from .text.clip_tokens import CHUNK
+from .text.emphasis import emphasise
+from .text.openclip import HF_LAYER, HF_PROJECTION, from_hf, named_by_hf, to_hf, without
+from .text.words import add_words, word_rows
 
 SCALING_FACTOR = 0.18215
 TITLE = "SD2.x"

@@ -17,17 +17,18 @@ from ..block_weights import Blocks
 from ..errors import LoraGraftError
 from ..objective import Flow, Objective
 from ..parts import DENOISER, Parts, Target
-from .autoencoder import decoded, load_vae, moments_of, scaled_latents
 from .base import Look, Reading, Tensors, Texts
-from .building import assign, built, unfit
-from .clip_text import PROJECTION, load_clip_text
-from .ldm_vae import join_vae, split_vae, vae_from_folder
-from .openclip import named_by_hf
-from .pieces import Pieced
-from .sd3_blocks import build_mmdit, mmdit_config
-from .sd3_keys import MMDIT_PREFIX, from_authors, from_diffusers, to_authors
-from .sd3_targets import find_sd3_targets
-from .sd3_text import (
+from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
+from .modules.building import assign, built, unfit
+from .modules.sd3_blocks import build_mmdit, mmdit_config
+from .names.ldm_vae import join_vae, split_vae, vae_from_folder
+from .names.pieces import Pieced
+from .names.sd3_keys import MMDIT_PREFIX, from_authors, from_diffusers, to_authors
+from .sources.weights import Renamed, joined
+from .targets.sd3_targets import find_sd3_targets
+from .text.clip_text import PROJECTION, load_clip_text
+from .text.openclip import named_by_hf
+from .text.sd3_text import (
     CLIP_G,
     CLIP_L,
     T5,
@@ -38,8 +39,7 @@ from .sd3_text import (
     num_places,
     tokens_of,
 )
-from .t5_text import check_t5_tokenizer, load_t5, t5_weights
-from .weights import Renamed, joined
+from .text.t5_text import check_t5_tokenizer, load_t5, t5_weights
 
 LATENT_CHANNELS = 16
 SCALING_FACTOR, SHIFT_FACTOR = 1.5305, 0.0609

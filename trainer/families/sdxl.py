@@ -16,20 +16,20 @@ from ..block_weights import SDXL as SDXL_BLOCKS
 from ..block_weights import Blocks
 from ..objective import NoiseSchedule, Objective
 from ..parts import Parts, Target
-from . import clip_text
-from .autoencoder import decoded, load_vae, moments_of, scaled_latents
 from .base import Look, Reading, Tensors, Texts
-from .building import assign, built
-from .clip_tokens import CHUNK
-from .emphasis import emphasise
-from .ldm_keys import UNET_PREFIX, unet_to_diffusers, unet_to_ldm
-from .ldm_vae import join_vae, split_vae, vae_from_folder
-from .openclip import HF_PROJECTION, from_hf, named_by_hf, to_hf, without
-from .pieces import Pieced
-from .sdxl_unet import config_of, sdxl_targets
-from .unet import check_context, predict_unet
-from .unet_kinds import refuse_relatives, unet_kind
-from .weights import Renamed, joined
+from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
+from .modules.building import assign, built
+from .modules.sdxl_unet import config_of, sdxl_targets
+from .modules.unet import check_context, predict_unet
+from .names.ldm_keys import UNET_PREFIX, unet_to_diffusers, unet_to_ldm
+from .names.ldm_vae import join_vae, split_vae, vae_from_folder
+from .names.pieces import Pieced
+from .names.unet_kinds import refuse_relatives, unet_kind
+from .sources.weights import Renamed, joined
+from .text import clip_text
+from .text.clip_tokens import CHUNK
+from .text.emphasis import emphasise
+from .text.openclip import HF_PROJECTION, from_hf, named_by_hf, to_hf, without
 
 SCALING_FACTOR = 0.13025
 TITLE = "SDXL"

@@ -16,14 +16,17 @@ from ..errors import LoraGraftError
 from ..objective import Objective
 from ..objective.flow import Flow
 from ..parts import DENOISER, Parts, Target
-from .autoencoder import decoded, load_vae, moments_of, scaled_latents
 from .base import Look, Reading, Tensors, Texts
-from .block_targets import find_block_targets
-from .building import assign, built
-from .ldm_keys import UNET_PREFIX
-from .ldm_vae import join_vae, split_vae, vae_from_folder
-from .pieces import Pieced, Recipe, stacked
-from .qwen_text import (
+from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
+from .modules.building import assign, built
+from .modules.z_image_model import PATCH, Attention, Block, ZImageTransformer, z_image_config
+from .names.ldm_keys import UNET_PREFIX
+from .names.ldm_vae import join_vae, split_vae, vae_from_folder
+from .names.pieces import Pieced, Recipe, stacked
+from .names.vae_prefix import with_ldm_prefix, with_newer_prefix
+from .sources.weights import Renamed, joined
+from .targets.block_targets import find_block_targets
+from .text.qwen_text import (
     BEGIN,
     END,
     Chat,
@@ -34,9 +37,6 @@ from .qwen_text import (
     long_enough,
     qwen_weights,
 )
-from .vae_prefix import with_ldm_prefix, with_newer_prefix
-from .weights import Renamed, joined
-from .z_image_model import PATCH, Attention, Block, ZImageTransformer, z_image_config
 
 TITLE = "Z-Image"
 CLIP_LENGTH = "Z-Image has no CLIP; t5xxl_max_token_length is its text encoder's"

@@ -15,8 +15,8 @@ from ..config import TrainConfig
 from ..contradictions.refusals import contradiction
 from ..data.train_set import TrainSet
 from ..engine.precision import Precision
-from ..families.clip_tokens import has_word
 from ..families.opening import Base
+from ..families.text.clip_tokens import has_word
 from ..objective import generator
 from ..parts import Parts
 from ..settings.words import Word, parse_words

@@ -17,8 +17,8 @@ import torch
 from ..adapters.files import compact
 from ..errors import LoraGraftError, listed
 from ..families import detect
-from ..families.sources import Source, parts_of
-from ..families.weights import FileWeights, joined
+from ..families.sources.sources import Source, parts_of
+from ..families.sources.weights import FileWeights, joined
 from .deltas import KOHYA
 from .lora_file import PLAIN, LoraFile, Module
 from .places import Place, trained_in

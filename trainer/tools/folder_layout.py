@@ -16,16 +16,17 @@ import torch
 
 from ..engine.packed_tensor import unpacked
 from ..errors import LoraGraftError
-from ..families import detect, sd2, sd15, sdxl, sdxl_unet
-from ..families.autoencoder import vae_config
+from ..families import detect, sd2, sd15, sdxl
 from ..families.base import Tensors
-from ..families.clip_text import PROJECTION, text_config
+from ..families.modules import sdxl_unet
+from ..families.modules.autoencoder import vae_config
+from ..families.modules.unet import unet_config
+from ..families.names.unet_kinds import heads_of
 from ..families.opening import Base, open_file
-from ..families.sources import Source, parts_of
-from ..families.tokenizers import load_tokenizer
-from ..families.unet import unet_config
-from ..families.unet_kinds import heads_of
-from ..families.weights import Renamed, joined
+from ..families.sources.sources import Source, parts_of
+from ..families.sources.weights import Renamed, joined
+from ..families.text.clip_text import PROJECTION, text_config
+from ..families.text.tokenizers import load_tokenizer
 from ..safefile import write_text
 from .stream import Form, open_weights, write_stream
 

@@ -13,12 +13,12 @@ from ..engine.packed_tensor import unpacked
 from ..errors import LoraGraftError, listed
 from ..families import FAMILIES
 from ..families.base import Family, Tensors
-from ..families.folders import sorted_folder
-from ..families.ldm_keys import VAE_PREFIX
-from ..families.model_files import read_source
-from ..families.sources import VAE, parts_of
-from ..families.vae_prefix import NEWER_PREFIX
-from ..families.weights import Renamed, joined
+from ..families.names.ldm_keys import VAE_PREFIX
+from ..families.names.vae_prefix import NEWER_PREFIX
+from ..families.sources.folders import sorted_folder
+from ..families.sources.model_files import read_source
+from ..families.sources.sources import VAE, parts_of
+from ..families.sources.weights import Renamed, joined
 from .folder_layout import Tell, to_folder
 from .lora_file import check_free
 from .stream import Form, write_stream

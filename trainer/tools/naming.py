@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import cache
 
 from ..errors import LoraGraftError, listed
-from ..families.ldm_keys import unet_pairs
+from ..families.names.ldm_keys import unet_pairs
 from .transformer_names import TABLES
 from .unflatten import flatten, unflatten
 

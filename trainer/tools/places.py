@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from ..families.chroma import OLD_T5_PREFIX
-from ..families.flux_keys import module_name
-from ..families.ldm_keys import TEXT_PREFIX, unet_to_diffusers
-from ..families.sources import BARE, DENOISER_PREFIXES
+from ..families.names.flux_keys import module_name
+from ..families.names.ldm_keys import TEXT_PREFIX, unet_to_diffusers
+from ..families.sources.sources import BARE, DENOISER_PREFIXES
 from .unflatten import flatten
 
 # OpenCLIP's text encoders (SD2.x; SDXL's second): their prefixes, and kohya's names of them.

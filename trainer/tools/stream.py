@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from ..adapters.files import read_metadata
 from ..errors import LoraGraftError
-from ..families.weights import DTYPES, FileWeights
+from ..families.sources.weights import DTYPES, FileWeights
 from ..safefile import tensor_bytes, write_atomically
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

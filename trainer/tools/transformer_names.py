@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..families import chroma_keys, flux2_keys, flux_keys, lumina2_keys, sd3_keys
+from ..families.names import chroma_keys, flux2_keys, flux_keys, lumina2_keys, sd3_keys
 from ..families.z_image import FROM_DIFFUSERS as Z_IMAGE_PAIRS
 
 Names = Mapping[str, tuple[str, ...]]

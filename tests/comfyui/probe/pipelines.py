@@ -99,7 +99,7 @@ def flux(base: Any, parts: Any, noise: torch.Tensor, pack: Any) -> tuple[Any, di
         guidance_embeds=True,
         axes_dims_rope=(16, 56, 56),
     )
-    filled(own, sd, pack("trainer.families.flux_keys").from_diffusers)
+    filled(own, sd, pack("trainer.families.names.flux_keys").from_diffusers)
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=parts.vae,
@@ -135,13 +135,13 @@ def sd35(base: Any, parts: Any, noise: torch.Tensor, pack: Any) -> tuple[Any, di
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    filled(own, base.state_dicts["denoiser"], pack("trainer.families.sd3_keys").from_diffusers)
+    filled(own, base.state_dicts["denoiser"], pack("trainer.families.names.sd3_keys").from_diffusers)
     # Of CLIP-L SD3 takes the pooled state as it is; diffusers' folder says so by the identity.
     config = copy.deepcopy(parts.text_encoder.config)
     config.projection_dim = config.hidden_size
     clip = CLIPTextModelWithProjection(config)
     clip.text_model.load_state_dict(
-        pack("trainer.families.clip_text").text_body(parts.text_encoder).state_dict()
+        pack("trainer.families.text.clip_text").text_body(parts.text_encoder).state_dict()
     )
     clip.text_projection.load_state_dict({"weight": torch.eye(config.hidden_size)})
     pipe = StableDiffusion3Pipeline(

@@ -1,0 +1,1 @@
+"""The names of weights in single files and in our modules, both ways."""

@@ -1,0 +1,1 @@
+"""Where weights come from: files of every kind, packed or not."""

@@ -1,0 +1,1 @@
+"""How captions are read: tokens, and text encoders."""
