@@ -40,7 +40,9 @@ def write_files(architecture: Architecture, name: str, folder: Path, pool: int =
     from loragraft.trainer.families import FAMILIES
     from loragraft.trainer.tools.stream import write_stream
 
-    files = {role: folder / f"{name}_random_{role}.safetensors" for role in architecture.files}
+    # Parts beside the denoiser are the same in all sizes of a family.
+    owners = {role: name if role == "checkpoint" else architecture.family for role in architecture.files}
+    files = {role: folder / f"{owner}_random_{role}.safetensors" for role, owner in owners.items()}
     if all(file.exists() for file in files.values()):
         return files
     dtype = getattr(torch, architecture.dtype)

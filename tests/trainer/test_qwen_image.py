@@ -395,6 +395,8 @@ def test_settings_without_a_meaning_here_are_refused() -> None:
     values: dict[str, Any] = {
         "clip_skip": 2,
         "max_token_length": 150,
+        "tokenizer_repeats": 2,
+        "conv_dim": 4,
         "weighted_captions": True,
         "train_embeddings": ("zibu",),
         "guidance_scale": 3.5,
