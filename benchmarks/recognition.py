@@ -51,7 +51,7 @@ OPTIMIZERS: Mapping[str, dict[str, Any]] = {
         "lr_scheduler": "constant",
         "lr_warmup_steps": 0,
     },
-    "CAME": {"optimizer_type": "CAME", "learning_rate": 1e-3, "text_encoder_lr": 5e-4},
+    "CAME": {"optimizer_type": "CAME", "learning_rate": 3e-4, "text_encoder_lr": 1e-4},
     "SGDNesterov": {"optimizer_type": "SGDNesterov", "learning_rate": 10.0, "text_encoder_lr": 3.0},
 }
 NO_BAR: Mapping[str, dict[str, Any]] = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any, cast
 
+import comfy.model_sampling
 import torch
 from torch import nn
 
@@ -31,8 +33,23 @@ def open_any(model: Any, clip: Any, vae: Any) -> api.Base:
     modules = (denoiser, clip.cond_stage_model, vae.first_stage_model)
     family = HostFamily(model, clip, vae)
     known = hashes.find(modules, weights, lambda: api.hash_parts(state_dicts))
+    known = _as_used(known, family.sampling, clip)
     # It has no files to be told by, split or joined: what a family does with these is never asked of it.
     return api.Base(cast(Any, family), base_name(model), state_dicts, {}, known)
+
+
+def _as_used(known: str, sampling: Any, clip: Any) -> str:
+    """Return the hash of the weights and of what nodes have set on the MODEL and the CLIP.
+
+    One sampled otherwise predicts something else, and a CLIP stopped at another layer reads otherwise.
+    """
+    denoiser, vae, text = known.split("-")
+    kinds = [c.__name__ for c in type(sampling).__mro__ if c.__module__ == comfy.model_sampling.__name__]
+    return f"{_mixed(denoiser, kinds)}-{vae}-{_mixed(text, getattr(clip, 'layer_idx', None))}"
+
+
+def _mixed(part: str, more: object) -> str:
+    return hashlib.sha256(f"{part} {more}".encode()).hexdigest()[:20]
 
 
 def _stored(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

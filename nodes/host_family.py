@@ -58,7 +58,7 @@ class HostFamily:
     folders: Mapping[str, str] = {}
     trains_text = False
     uses_sizes = False
-    ignored = IGNORED
+    ignored: Mapping[str, str] = IGNORED
     defaults: Mapping[str, Any] = {}
 
     def __init__(self, model: Any, clip: Any, vae: Any) -> None:
@@ -78,9 +78,13 @@ class HostFamily:
         }
         if self.is_flow:
             self.defaults = {"timestep_sampling": "shift", "discrete_flow_shift": self.objective.shift}
-        self._keys: tuple[str, ...] = ()
-        self._shapes: list[tuple[int, ...]] = []
-        self._fixed: dict[str, Any] = {}
+        encoded = self._encode("")
+        self._keys = tuple(key for key, value in encoded.items() if isinstance(value, torch.Tensor))
+        self._fixed = {key: value for key, value in encoded.items() if key not in self._keys}
+        self._shapes = [tuple(encoded[key].shape[1:]) for key in self._keys]
+        empty = torch.zeros(1, *self.latent_shape(None, 2 * self.latent_multiple, 2 * self.latent_multiple))
+        if "guidance" not in self._extra(self.inner, self._deep(empty), encoded):
+            self.ignored = {**IGNORED, "guidance_scale": "this model is not told a guidance scale"}
 
     # ---- what only families with files of their own have ----
 
@@ -103,10 +107,6 @@ class HostFamily:
     ) -> Any:
         """Return the parts: the copied denoiser; ComfyUI keeps the VAE and the text encoders."""
         denoiser = shadow(self.inner.diffusion_model, state_dicts["denoiser"])
-        encoded = self._encode("")
-        self._keys = tuple(key for key, value in encoded.items() if isinstance(value, torch.Tensor))
-        self._fixed = {key: value for key, value in encoded.items() if key not in self._keys}
-        self._shapes = [tuple(encoded[key].shape[1:]) for key in self._keys]
         return api.Parts(denoiser, nn.Identity(), nn.ModuleDict(), {})
 
     def latent_shape(self, parts: Any, height: int, width: int) -> tuple[int, ...]:
@@ -187,12 +187,7 @@ class HostFamily:
         given: dict[str, Any] = dict(zip(self._keys, cond, strict=True))
         if guidance is not None:
             given["guidance"] = guidance
-        height, width = (side * self.compression for side in noisy.shape[-2:])
-        extra = wrapped.extra_conds(
-            **{**self._fixed, **given},
-            **{"noise": deep, "device": noisy.device, "width": width, "height": height},
-            prompt_type="positive",
-        )
+        extra = self._extra(wrapped, deep, {**self._fixed, **given})
         inputs = {
             name: each.process_cond(batch_size=len(deep), device=noisy.device, area=None).concat([])
             for name, each in extra.items()
@@ -221,6 +216,13 @@ class HostFamily:
             name: value.float().clone() if torch.is_tensor(value) and value.is_floating_point() else value
             for name, value in named.items()
         }
+
+    def _extra(self, inner: Any, latents: torch.Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the model makes of a conditioning: the inputs that it gets beside the latents."""
+        height, width = (side * self.compression for side in latents.shape[-2:])
+        sizes = {"noise": latents, "device": latents.device, "width": width, "height": height}
+        found: dict[str, Any] = inner.extra_conds(**given, **sizes, prompt_type="positive")
+        return found
 
     def _around(self, parts: Any) -> Any:
         """Return the host's model with the trained denoiser in it, computing in the run's precision."""

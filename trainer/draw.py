@@ -74,8 +74,8 @@ def draw(
                     guided=Guided(
                         settings.negative,
                         base.family.look.cfg if settings.cfg is None else settings.cfg,
-                        velocity=texts.get(PREDICTION) == VELOCITY,
-                        zero_terminal_snr=texts.get(TERMINAL) == "True",
+                        velocity=bool(base.velocity) or texts.get(PREDICTION) == VELOCITY,
+                        zero_terminal_snr=bool(base.zero_terminal) or texts.get(TERMINAL) == "True",
                     ),
                     reading=Reading(clip_skip=settings.clip_skip),
                 )

@@ -77,6 +77,10 @@ def fit(runs: Sequence[Run], fitted: Fitted) -> None:
     footprints = Footprints(largest.loss, largest.inputs, largest.modules(), device, found)
     fitted.found, fitted.footprints = found, footprints
     choice = case_of(runs, len(found), len(of_denoiser))
+    if first.config.blocks_to_swap > len(of_denoiser):
+        fitted.lines.append(
+            f"blocks_to_swap {first.config.blocks_to_swap}: the denoiser has {len(of_denoiser)} blocks"
+        )
     placed = placed_bytes(largest, device)
     if placed >= SMALL_BYTES:
         try:

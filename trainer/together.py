@@ -34,6 +34,7 @@ from .plan import Plan, plan_run, step_losses
 from .resuming import unfit
 from .run import Job, Run
 from .runlog import check_logger
+from .sample_prompts import parse_prompt
 from .usual import for_base
 
 
@@ -205,7 +206,7 @@ def _job(
     precision = resolve(config.mixed_precision, pick_device(device))
     plan = plan_run(train_set, config)
     check_logger(config.log_with)
-    _check_sizes(train_set, base)
+    _check_sizes(train_set, config, base)
     _check_validation(train_set, config)
     warms_up = any(0 < c.token_warmup_step < 1 for c in train_set.configs)
     fixed_total = plan.total_steps if warms_up or depends_on_total(config) else None
@@ -223,8 +224,8 @@ def _job(
     )
 
 
-def _check_sizes(train_set: TrainSet, base: Base) -> None:
-    """Refuse buckets that the base model cannot have."""
+def _check_sizes(train_set: TrainSet, config: TrainConfig, base: Base) -> None:
+    """Refuse buckets and sizes of samples that the base model cannot have."""
     multiple = base.family.latent_multiple
     buckets = [*train_set.buckets, *(train_set.validation.buckets if train_set.validation else ())]
     odd = next((b for b in buckets if b[0] % multiple or b[1] % multiple), None)
@@ -237,6 +238,16 @@ def _check_sizes(train_set: TrainSet, base: Base) -> None:
             why=f"its sides have to be multiples of {multiple}.",
             fix=f"build the dataset with bucket_reso_steps {steps}, and a resolution that is a multiple",
         )
+    for prompt in map(parse_prompt, config.sample_prompts):
+        if (prompt.width or 0) % multiple or (prompt.height or 0) % multiple:
+            raise LoraGraftError(
+                "LG-CFG-004",
+                f"A sample of {prompt.width or 'any'}x{prompt.height or 'any'} is no size for "
+                f"'{base.family.name}'.",
+                where=f"sample_prompts: {one_line(prompt.prompt, 60)}",
+                why=f"its sides have to be multiples of {multiple}.",
+                fix=f"give --w and --h multiples of {multiple}",
+            )
 
 
 def _check_validation(train_set: TrainSet, config: TrainConfig) -> None:

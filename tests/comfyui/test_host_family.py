@@ -11,6 +11,7 @@ from loragraft.trainer import api
 from loragraft_tests.comfyui import prompts
 from loragraft_tests.comfyui.harness import Comfy, ServerError
 from loragraft_tests.comfyui.test_families import BASE, pixels
+from loragraft_tests.comfyui.test_finetune import settings_node
 
 KINDS = ("auraflow", "wan")
 
@@ -58,9 +59,23 @@ def test_its_lora_is_used_at_once_and_by_the_native_nodes(server: Comfy, kind: s
     assert again["train"]["loragraft"][0]["reused"]
 
 
-def test_settings_without_a_meaning_there_are_refused(server: Comfy) -> None:
-    with pytest.raises(ServerError, match="LG-CFG-004"):
-        server.run(train("auraflow", clip_skip=2))
+SETTINGS: dict[str, Any] = {"clip_skip": 2, "conv_dim": 4, "attention": "plain"}
+OF_NODES: dict[str, tuple[str, dict[str, Any]]] = {
+    "train_norm": ("LoraGraftNetwork", {"train_norm": True}),
+    "guidance_scale": ("LoraGraftLoss", {"guidance_scale": 2.0}),
+    "t5xxl_max_token_length": ("LoraGraftText", {"t5xxl_max_token_length": 128}),
+}
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, *OF_NODES])
+def test_settings_without_a_meaning_there_are_refused(server: Comfy, name: str) -> None:
+    graph = train("auraflow", **({name: SETTINGS[name]} if name in SETTINGS else {}))
+    if name in OF_NODES:
+        kind, values = OF_NODES[name]
+        graph["own"] = settings_node(kind, **values)
+        graph["train"]["inputs"]["settings"] = ["own", 0]
+    with pytest.raises(ServerError, match=f"LG-CFG-004.*{name}"):
+        server.run(graph)
 
 
 def test_a_caption_that_is_too_long_is_refused(server: Comfy) -> None:

@@ -206,6 +206,13 @@ def test_a_bucket_of_an_odd_size_is_refused(training: runs.Training, tmp_path: P
         odd.events(**SHORT)
 
 
+def test_a_sample_of_an_odd_size_is_refused(training: runs.Training) -> None:
+    if training.base.family.latent_multiple == 8:
+        pytest.skip("sample prompts have sides of whole eights anyway")
+    with Refusal("LG-CFG-004", "72x64", "multiples of 16"):
+        training.events(sample_prompts=["zibu --w 72 --h 64"], **SHORT)
+
+
 def test_captions_are_kept_by_default_where_no_encoder_is_trained(training: runs.Training) -> None:
     """An open rate means what is usual for the family."""
     usual = training.base.family.defaults.get("text_encoder_lr")

@@ -169,8 +169,13 @@ def test_bases_that_lack_text_encoders(
     sd3_set: Any,
     places: api.Places,
 ) -> None:
-    base = opened(tokenizers, *without, version="sd3")
-    lora = saved(runs.Training(base, sd3_set, places).finish(**SHORT, max_train_steps=2))
+    base, options = opened(tokenizers, *without, version="sd3"), {**SHORT, "max_train_steps": 2}
+    training = runs.Training(base, sd3_set, places)
+    if "text_encoder_3" in without:
+        with Refusal("LG-CFG-004", "t5xxl_max_token_length"):  # there is no T5 that it could be about
+            training.finish(**options)
+        del options["t5xxl_max_token_length"]
+    lora = saved(training.finish(**options))
     assert set(trained(lora)) == parts
 
 

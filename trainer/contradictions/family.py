@@ -33,6 +33,7 @@ OF_FLOW: Mapping[str, str] = {
     "guidance_scale": "only distilled flow models are told a guidance",
 }
 OF_BLOCKS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+OF_CLIP = ("clip_skip", "max_token_length", "tokenizer_repeats", "network_train_text_encoder_only")
 OF_SENTENCES = ("t5xxl_max_token_length", "apply_t5_attn_mask")
 THRESHOLDS = ("huber", "smooth_l1")
 
@@ -68,9 +69,14 @@ def check(
     of_other = OF_NOISE if is_flow else OF_FLOW
     for name, why in {**of_other, **family.ignored}.items():
         _refuse_given(config, name, why, family, where)
-    if CLIP in family.encoders.values() and set(family.encoders.values()) == {CLIP}:
+    kinds = {kind for part, kind in family.encoders.items() if parts is None or part in parts}
+    if kinds == {CLIP}:
         for name in OF_SENTENCES:
             why = "it is about T5 and its like, and this base model reads captions with CLIP alone"
+            _refuse_given(config, name, why, family, where)
+    if kinds and CLIP not in kinds:
+        for name in OF_CLIP:
+            why = "it is about CLIP, and this base model reads captions without it"
             _refuse_given(config, name, why, family, where)
     _check_rates(config, family, parts, where)
     _check_blocks(config, family, where)
@@ -117,9 +123,7 @@ def _check_blocks(config: TrainConfig, family: Trained, where: str) -> None:
                 f"{name} has {len(text.split(','))} values, but '{family.name}' has {count} blocks.",
                 where,
                 why="which block a value is for would not be known.",
-                fix=f"give {count} values"
-                if count
-                else f"clear {name}; network_reg_dims has patterns",
+                fix=f"give {count} values" if count else f"clear {name}; network_reg_dims has patterns",
             )
 
 

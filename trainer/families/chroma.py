@@ -14,7 +14,7 @@ from ..objective import Objective
 from ..objective.flow import FLUX_MU, Flow
 from ..parts import DENOISER, Parts, Target
 from .base import Look, Reading, Tensors, Texts
-from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
+from .modules.autoencoder import FLUX_SCALE, FLUX_SHIFT, decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built
 from .modules.chroma_model import PATCH, ChromaTransformer, chroma_config
 from .modules.stream_blocks import DoubleBlock, SelfAttention, SingleBlock
@@ -30,7 +30,6 @@ from .text.t5_text import check_t5_tokenizer, encode_t5, load_t5, t5_longest, t5
 TITLE = "Chroma"
 CLIP_LENGTH = "Chroma has no CLIP; t5xxl_max_token_length is T5's"
 LATENT_CHANNELS = 16
-SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
 T5 = "text_encoder"
 T5_LENGTH, T5_LONGEST = 512, 1024
 SEEN_PADDING = 1  # places of padding that the transformer sees behind the text
@@ -127,8 +126,8 @@ class Chroma:
         vae = load_vae(
             state_dicts["vae"],
             TITLE,
-            scaling_factor=SCALING_FACTOR,
-            shift_factor=SHIFT_FACTOR,
+            scaling_factor=FLUX_SCALE,
+            shift_factor=FLUX_SHIFT,
             channels=LATENT_CHANNELS,
         )
         text = load_t5(state_dicts[T5], TITLE)
@@ -145,11 +144,11 @@ class Chroma:
 
     def latents(self, moments: Tensors, noise: torch.Tensor) -> torch.Tensor:
         """Draw scaled latents (B, 16, H/8, W/8) from moments with standard normal ``noise``."""
-        return scaled_latents(moments, noise, SCALING_FACTOR, SHIFT_FACTOR)
+        return scaled_latents(moments, noise, FLUX_SCALE, FLUX_SHIFT)
 
     def decode(self, parts: Parts, latents: torch.Tensor) -> torch.Tensor:
         """Return pixels (B, 3, H, W), about in [-1, 1], float32, for scaled latents."""
-        return decoded(parts.vae, latents, SCALING_FACTOR, SHIFT_FACTOR)
+        return decoded(parts.vae, latents, FLUX_SCALE, FLUX_SHIFT)
 
     def tokenize(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Texts:
         """Return token ids (B, L) and 1 where one is no padding, both int64."""

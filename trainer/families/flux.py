@@ -17,7 +17,7 @@ from ..errors import LoraGraftError
 from ..objective import FLUX_MU, Flow, Objective
 from ..parts import DENOISER, Parts, Target
 from .base import Look, Reading, Tensors, Texts
-from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
+from .modules.autoencoder import FLUX_SCALE, FLUX_SHIFT, decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built, unfit
 from .modules.flux_blocks import PATCH, FluxTransformer, flux_config
 from .names import flux_keys
@@ -32,7 +32,6 @@ from .text.t5_text import check_t5_tokenizer, encode_t5, load_t5, t5_longest, t5
 TITLE = "Flux.1"
 CLIP_LENGTH = "of CLIP, Flux sees only the pooled state; t5xxl_max_token_length is T5's"
 LATENT_CHANNELS = 16
-SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
 CLIP, T5 = "text_encoder", "text_encoder_2"
 DOUBLE, SINGLE = "double_blocks.0.", "single_blocks.0."
 # What Flux.1's transformer has and its descendants have not: modulations of each block, and CLIP's state.
@@ -161,8 +160,8 @@ class Flux:
         vae = load_vae(
             state_dicts["vae"],
             TITLE,
-            scaling_factor=SCALING_FACTOR,
-            shift_factor=SHIFT_FACTOR,
+            scaling_factor=FLUX_SCALE,
+            shift_factor=FLUX_SHIFT,
             channels=LATENT_CHANNELS,
         )
         clip = load_clip_text(state_dicts[CLIP], tokenizers[CLIP], TITLE)
@@ -186,11 +185,11 @@ class Flux:
 
     def latents(self, moments: Tensors, noise: torch.Tensor) -> torch.Tensor:
         """Draw scaled latents (B, 16, H/8, W/8) from moments with standard normal ``noise``."""
-        return scaled_latents(moments, noise, SCALING_FACTOR, SHIFT_FACTOR)
+        return scaled_latents(moments, noise, FLUX_SCALE, FLUX_SHIFT)
 
     def decode(self, parts: Parts, latents: torch.Tensor) -> torch.Tensor:
         """Return pixels (B, 3, H, W), about in [-1, 1], float32, for scaled latents."""
-        return decoded(parts.vae, latents, SCALING_FACTOR, SHIFT_FACTOR)
+        return decoded(parts.vae, latents, FLUX_SCALE, FLUX_SHIFT)
 
     def tokenize(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Texts:
         """Return CLIP's token ids (B, 77), T5's (B, L) and their mask (B, L), 0 for padding."""

@@ -14,7 +14,7 @@ from ..objective import Objective
 from ..objective.flow import Flow
 from ..parts import DENOISER, Parts, Target
 from .base import Look, Reading, Tensors, Texts
-from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
+from .modules.autoencoder import FLUX_SCALE, FLUX_SHIFT, decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built
 from .modules.lumina2_model import Block, GroupedAttention, Lumina2Transformer, lumina2_config
 from .modules.z_image_model import PATCH, FinalLayer
@@ -29,7 +29,6 @@ from .text.gemma_text import encode_gemma, gemma_longest, gemma_tokens, gemma_we
 TITLE = "Lumina 2"
 CLIP_LENGTH = "Lumina 2 has no CLIP; t5xxl_max_token_length is its text encoder's"
 LATENT_CHANNELS = 16
-SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
 SAMPLING_SHIFT = 6.0  # of the noise levels when images are drawn; training's is a setting
 TEXT, TEXT_PREFIX = "text_encoder", "text_encoders.gemma2_2b.transformer."
 TEXT_LENGTH, TEXT_LONGEST = 256, 1024
@@ -133,8 +132,8 @@ class Lumina2:
         vae = load_vae(
             state_dicts["vae"],
             TITLE,
-            scaling_factor=SCALING_FACTOR,
-            shift_factor=SHIFT_FACTOR,
+            scaling_factor=FLUX_SCALE,
+            shift_factor=FLUX_SHIFT,
             channels=LATENT_CHANNELS,
         )
         text = load_gemma(state_dicts[TEXT], tokenizers[TEXT], TITLE)
@@ -150,11 +149,11 @@ class Lumina2:
 
     def latents(self, moments: Tensors, noise: torch.Tensor) -> torch.Tensor:
         """Draw scaled latents (B, 16, H/8, W/8) from moments with standard normal ``noise``."""
-        return scaled_latents(moments, noise, SCALING_FACTOR, SHIFT_FACTOR)
+        return scaled_latents(moments, noise, FLUX_SCALE, FLUX_SHIFT)
 
     def decode(self, parts: Parts, latents: torch.Tensor) -> torch.Tensor:
         """Return pixels (B, 3, H, W), about in [-1, 1], float32, for scaled latents."""
-        return decoded(parts.vae, latents, SCALING_FACTOR, SHIFT_FACTOR)
+        return decoded(parts.vae, latents, FLUX_SCALE, FLUX_SHIFT)
 
     def tokenize(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Texts:
         """Return token ids (B, L) and 1 where one is no padding, both int64."""

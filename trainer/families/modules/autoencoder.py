@@ -12,6 +12,8 @@ from ...errors import LoraGraftError
 from ..base import Tensors
 from .building import assign, built, count
 
+FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159  # of Flux.1's autoencoder, which later models took over
+
 
 def vae_config(sd: Tensors, *, scaling_factor: float, shift_factor: float | None = None) -> dict[str, Any]:
     """Read the VAE's shape from its decoder's weights: the decoder has a block at every level."""

@@ -92,10 +92,13 @@ def load_t5(sd: Tensors, family: str, *, what: str = "T5 text encoder") -> nn.Mo
     return model.train(False)
 
 
+MOST_FILLED = 128  # embeddings beyond the vocabulary, which fill them up to a round number
+
+
 def check_t5_tokenizer(tokenizer: Any, encoder: nn.Module) -> None:
-    """Raise LG-BASE-006 for a tokenizer with more entries than the encoder has embeddings."""
+    """Raise LG-BASE-006 for a tokenizer with more entries than the encoder has embeddings, or far fewer."""
     rows = cast(Any, encoder).shared.num_embeddings
-    if len(tokenizer) > rows:  # the embeddings are filled up to a round number
+    if not len(tokenizer) <= rows <= len(tokenizer) + MOST_FILLED:
         raise LoraGraftError(
             "LG-BASE-006",
             f"The T5 tokenizer has {len(tokenizer)} entries, the text encoder {rows}.",
