@@ -164,9 +164,9 @@ def test_a_file_that_took_the_name_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_type_that_is_not_known_is_named(tmp_path: Path, tokenizer: Path) -> None:
-    header = {"a": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}
+    header = {"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}
     with Refusal("LG-BASE-001", "x.safetensors"):
-        api.open_base(write_raw(tmp_path / "x.safetensors", header, b"\0"), tokenizer=tokenizer)
+        api.open_base(write_raw(tmp_path / "x.safetensors", header, b"\0\0\0"), tokenizer=tokenizer)
 
 
 def test_the_later_of_two_files_counts(tmp_path: Path) -> None:
