@@ -27,7 +27,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "lokr": {"algo": "lokr", "factor": 2},
     "dylora": {"algo": "dylora", "unit": 2},
     "oft": {"algo": "oft"},
-    "boft": {"algo": "boft", "network_dim": 8},
+    "boft": {"algo": "boft", "network_dim": 256},  # wide blocks, for the odd widths of tiny models
     "glora": {"algo": "glora"},
     "ia3": {"algo": "ia3"},
     "full": {"algo": "full"},
