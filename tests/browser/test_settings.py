@@ -18,14 +18,14 @@ def test_a_schedule_is_drawn_and_follows_its_widgets(open_comfy: Open, nodes2: b
         schedule, blocks = page.build("LoraGraftSchedule", "LoraGraftBlocks")
         page.frame()
         page.wait(
-            "count('.loragraft-ahead path.rate') === 1 && probe.count('.loragraft-ahead rect.bar') === 25"
+            "count('.loragraft-ahead path.rate') === 1 && probe.count('.loragraft-ahead rect.bar') === 48"
         )
         before = page.ask("attribute('.loragraft-ahead path.rate', 'd')")
         page.ask(SET, schedule, "lr_scheduler", "cosine_with_restarts")
         page.ask(SET, schedule, "lr_scheduler.lr_scheduler_num_cycles", 4)
         page.wait("attribute('.loragraft-ahead path.rate', 'd') !== a[0]", before)
         page.ask(SET, blocks, "down_lr_weight", "sine")
-        page.wait("count('.loragraft-ahead rect.bar[height=\"0\"]') === 1")
+        page.wait("count('.loragraft-ahead rect.bar[height=\"0\"]') === 2")  # the first of each row
         page.ask(SET, blocks, "down_lr_weight", "sinus")
         page.wait("texts('.loragraft-ahead-note').some(t => t.includes('LG-CFG-003'))")
         page.shoot(f"ahead-{'nodes2' if nodes2 else 'canvas'}")
@@ -52,7 +52,7 @@ def test_a_preset_fills_widgets_in(open_comfy: Open, nodes2: bool) -> None:
     with open_comfy(nodes2=nodes2) as page:
         (train,) = page.build("LoraGraftTrainLoRA")
         page.frame()
-        page.wait("count('.loragraft-presets select') === 3")
+        page.wait("count('.loragraft-presets select') === 4")
         page.ask("choose('.loragraft-presets select', 0, 'character')")
         page.ask("choose('.loragraft-presets select', 1, 'loha')")
         page.ask("click('.loragraft-presets button')")
