@@ -83,7 +83,7 @@ export function addPresets(node, { api, words, create }) {
   const widget = node.addDOMWidget("loragraft_presets", "loragraft_presets", row, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => 44,
+    getMinHeight: () => 76,
   });
   widget.serialize = false;
   const note = document.createElement("div");
