@@ -56,6 +56,7 @@ class HostFamily:
     encoders: Mapping[str, str] = {}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {}
+    velocity_of = zero_terminal_of = staticmethod(api.untold)
     trains_text = False
     uses_sizes = False
     ignored: Mapping[str, str] = IGNORED
@@ -91,14 +92,6 @@ class HostFamily:
     def detect(self, weights: Mapping[str, torch.Tensor]) -> bool:
         """See `Family`: it is never told by weights."""
         return False
-
-    def velocity_of(self, weights: Mapping[str, torch.Tensor]) -> bool | None:
-        """See `Family`."""
-        return None
-
-    def zero_terminal_of(self, weights: Mapping[str, torch.Tensor]) -> bool | None:
-        """See `Family`."""
-        return None
 
     # ---- the parts ----
 

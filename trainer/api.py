@@ -53,7 +53,7 @@ from .draw import Settings as DrawSettings
 from .errors import LoraGraftError
 from .events import Cached, Event, Failed, Finished, Note, Planned, Sampled, Saved, Step, Validated
 from .families import FAMILIES, opening
-from .families.base import Look
+from .families.base import Look, untold
 from .families.opening import Base, hash_parts, hash_weights
 from .families.text.tokenizers import find_tokenizer, load_tokenizer
 from .imports.files import read_foreign
@@ -249,6 +249,7 @@ __all__ = [
     "token_counter",
     "train",
     "train_together",
+    "untold",
     "upscale_small",
     "validation_line",
     "weights_key",

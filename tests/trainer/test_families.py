@@ -232,6 +232,15 @@ def test_samples_are_drawn(training: runs.Training) -> None:
     assert len(set(sampled[0].image.getdata())) > 10, "noise in, no noise out"
 
 
+def test_words_are_trained_where_one_clip_reads_or_refused(training: runs.Training) -> None:
+    options = {**SHORT, "train_embeddings": ["zibu"]}
+    if set(training.base.family.encoders.values()) == {"clip"} and len(training.base.family.encoders) == 1:
+        assert runs.only(training.events(**options), api.Finished).step == 2
+        return
+    with Refusal("LG-CFG-004", "train_embeddings"):
+        training.events(**options)
+
+
 def test_ranks_of_blocks_are_as_many_as_there_are(training: runs.Training) -> None:
     count = {"sd15": 25, "sd2": 25, "sdxl": 23}.get(training.base.family.name, 0)
     for other in {23, 25} - {count}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from loragraft.trainer.families.text.tokenizers import load_tokenizer
 from loragraft_tests.trainer import tiny_t5
 
 CAPTIONS = ["a cat", "on the mat, with a very long tail"]
-SHARED_TOKENIZER = Path("/work/shared/tokenizers/t5")
+SHARED_TOKENIZER = Path(os.environ.get("LORAGRAFT_TOKENIZERS", "tokenizers")) / "t5"
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_the_feed_forward_layer_is_exact_in_other_dtypes() -> None:
     assert half.dtype == torch.float32
 
 
-@pytest.mark.skipif(not SHARED_TOKENIZER.is_dir(), reason="T5's tokenizer is not here")
+@pytest.mark.skipif(not SHARED_TOKENIZER.is_dir(), reason="no T5 tokenizer: set LORAGRAFT_TOKENIZERS")
 def test_t5s_own_tokenizer_reads_as_the_reference_does() -> None:
     """The ids of google/t5-v1_1-xxl, as the reference trainer prints them."""
     tokenizer = load_tokenizer(str(SHARED_TOKENIZER), "t5")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from loragraft.trainer import api
 from loragraft.trainer.adapters.files import read_metadata
 from loragraft.trainer.families.base import Reading
+from loragraft.trainer.families.text.words import add_words, word_rows
 from loragraft.trainer.inputs.words import Words, _use
 from loragraft_tests.trainer import runs
 from loragraft_tests.trainer.data_folders import Refusal
@@ -24,7 +25,7 @@ def embedding_file(finished: api.Finished, word: str = "zibu") -> Any:
 
 
 def first_rows(base: api.Base, text: str) -> torch.Tensor:
-    return base.family.word_rows(base.load(), text)
+    return word_rows(base.load(), text)
 
 
 # ---- tokens ----
@@ -97,7 +98,7 @@ def test_a_words_gradient_is_that_of_its_place(base: api.Base) -> None:
     for each in (parts, plain):
         each.text_encoder.float()
     rows = torch.nn.Parameter(torch.randn(2, 64, generator=torch.Generator().manual_seed(0)))
-    base.family.add_words(parts, {"zibu": rows})
+    add_words(parts, {"zibu": rows})
     ids = base.family.tokenize(parts, ["a zibu b"], Reading(75))[0]
     cond = base.family.encode_text(parts, (ids,), Reading(clip_skip=1))[0]
     body = getattr(plain.text_encoder, "text_model", plain.text_encoder)

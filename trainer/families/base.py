@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from ..block_weights import Blocks
 from ..objective import Objective
@@ -41,6 +40,10 @@ class Look:
     steps: int
     cfg: float
     guidance: float | None = None
+
+
+def untold(weights: Tensors) -> None:
+    """Return None: what a family's weights say of their prediction, where they say nothing."""
 
 
 class Family(Protocol):
@@ -113,12 +116,6 @@ class Family(Protocol):
 
     def cond_shapes(self, parts: Parts, reading: Reading) -> list[tuple[int, ...]]:
         """Return the shapes of `encode_text`'s tensors without the batch."""
-
-    def word_rows(self, parts: Parts, text: str) -> torch.Tensor:
-        """Return the embeddings (n, D) of a text's tokens, float32 on the CPU; of "", those of all tokens."""
-
-    def add_words(self, parts: Parts, vectors: Mapping[str, nn.Parameter]) -> None:
-        """Let captions mean ``vectors``, (n, D) a word, wherever they have one of the words."""
 
     def predict(
         self,

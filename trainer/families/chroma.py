@@ -13,7 +13,7 @@ from ..block_weights import Blocks
 from ..objective import Objective
 from ..objective.flow import FLUX_MU, Flow
 from ..parts import DENOISER, Parts, Target
-from .base import Look, Reading, Tensors, Texts
+from .base import Look, Reading, Tensors, Texts, untold
 from .modules.autoencoder import FLUX_SCALE, FLUX_SHIFT, decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built
 from .modules.chroma_model import PATCH, ChromaTransformer, chroma_config
@@ -54,6 +54,7 @@ class Chroma:
     encoders: Mapping[str, str] = {T5: "t5"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {DENOISER: "transformer", "vae": "vae", T5: "text_encoder"}
+    velocity_of = zero_terminal_of = staticmethod(untold)
     trains_text = False
     uses_sizes = False
     look = Look(26, 4.0)
@@ -80,14 +81,6 @@ class Chroma:
             and any(k.startswith(GUIDE) for k in below)
             and not any(k.startswith(RADIANCE) for k in below)
         )
-
-    def velocity_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: all of them predict the flow's velocity."""
-        return None
-
-    def zero_terminal_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: a flow's last timestep is noise alone anyway."""
-        return None
 
     def split(self, weights: Tensors) -> dict[str, Tensors]:
         """Sort single-file weights into state dicts of the parts' modules (views)."""
@@ -171,14 +164,6 @@ class Chroma:
         """Return [(L, D), (L,)]."""
         length = reading.t5_length or T5_LENGTH
         return [(length, cast(Any, parts.text_encoder).config.d_model), (length,)]
-
-    def word_rows(self, parts: Parts, text: str) -> torch.Tensor:
-        """See `Family`: refused before, by ``ignored``."""
-        raise NotImplementedError("train_embeddings")
-
-    def add_words(self, parts: Parts, vectors: Mapping[str, nn.Parameter]) -> None:
-        """See `Family`: refused before, by ``ignored``."""
-        raise NotImplementedError("train_embeddings")
 
     def predict(
         self,

@@ -16,7 +16,7 @@ from ..block_weights import Blocks
 from ..errors import LoraGraftError
 from ..objective import FLUX_MU, Flow, Objective
 from ..parts import DENOISER, Parts, Target
-from .base import Look, Reading, Tensors, Texts
+from .base import Look, Reading, Tensors, Texts, untold
 from .modules.autoencoder import FLUX_SCALE, FLUX_SHIFT, decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built, unfit
 from .modules.flux_blocks import PATCH, FluxTransformer, flux_config
@@ -85,6 +85,7 @@ class Flux:
     encoders: Mapping[str, str] = {CLIP: "clip", T5: "t5"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {DENOISER: "transformer", "vae": "vae", CLIP: CLIP, T5: T5}
+    velocity_of = zero_terminal_of = staticmethod(untold)
     trains_text = True
     uses_sizes = False
 
@@ -114,14 +115,6 @@ class Flux:
     def detect(self, weights: Tensors) -> bool:
         """Say whether single-file weights belong to this version: dev has layers for its guidance scale."""
         return all(name in weights for name in OWN) and (GUIDANCE in weights) == (self.name == "flux")
-
-    def velocity_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: all of them predict the flow's velocity."""
-        return None
-
-    def zero_terminal_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: a flow's last timestep is noise alone anyway."""
-        return None
 
     def split(self, weights: Tensors) -> dict[str, Tensors]:
         """Sort single-file weights into state dicts of the parts' modules (views)."""
@@ -214,14 +207,6 @@ class Flux:
         length, denoiser = self._length(reading), cast(FluxTransformer, parts.denoiser)
         shapes: list[tuple[int, ...]] = [(length, denoiser.context), (text_width(parts.text_encoder),)]
         return [*shapes, (length,)] if reading.mask_padding else shapes
-
-    def word_rows(self, parts: Parts, text: str) -> torch.Tensor:
-        """Refuse: see ``ignored``."""
-        raise NotImplementedError("train_embeddings")
-
-    def add_words(self, parts: Parts, vectors: Mapping[str, nn.Parameter]) -> None:
-        """Refuse: see ``ignored``."""
-        raise NotImplementedError("train_embeddings")
 
     def predict(
         self,

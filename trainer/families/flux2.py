@@ -13,7 +13,7 @@ from ..errors import LoraGraftError
 from ..objective import Objective
 from ..objective.flow import Flow
 from ..parts import DENOISER, Parts, Target
-from .base import Look, Reading, Tensors, Texts
+from .base import Look, Reading, Tensors, Texts, untold
 from .modules.building import assign, built, count
 from .modules.flux2_model import Flux2Transformer, flux2_config
 from .modules.flux2_vae import flux2_decoded, flux2_moments, load_flux2_vae
@@ -66,6 +66,7 @@ class Flux2Klein:
     encoders: Mapping[str, str] = {TEXT: "qwen"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {DENOISER: "transformer", "vae": "vae", TEXT: "text_encoder"}
+    velocity_of = zero_terminal_of = staticmethod(untold)
     trains_text = False
     uses_sizes = False
     look = Look(50, 4.0)
@@ -87,14 +88,6 @@ class Flux2Klein:
     def detect(self, weights: Tensors) -> bool:
         """Say whether single-file weights belong to FLUX.2 klein; dev, which is told a guidance, does not."""
         return UNET_PREFIX + SHARED in weights and UNET_PREFIX + GUIDANCE not in weights
-
-    def velocity_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: all of them predict the flow's velocity."""
-        return None
-
-    def zero_terminal_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: a flow's last timestep is noise alone anyway."""
-        return None
 
     def split(self, weights: Tensors) -> dict[str, Tensors]:
         """Sort single-file weights into state dicts of the parts' modules (views)."""
@@ -167,14 +160,6 @@ class Flux2Klein:
     def cond_shapes(self, parts: Parts, reading: Reading) -> list[tuple[int, ...]]:
         """Return [(L, 3 D)]."""
         return klein_shapes(parts.text_encoder, reading)
-
-    def word_rows(self, parts: Parts, text: str) -> torch.Tensor:
-        """See `Family`: refused before, by ``ignored``."""
-        raise NotImplementedError("train_embeddings")
-
-    def add_words(self, parts: Parts, vectors: Mapping[str, nn.Parameter]) -> None:
-        """See `Family`: refused before, by ``ignored``."""
-        raise NotImplementedError("train_embeddings")
 
     def predict(
         self,

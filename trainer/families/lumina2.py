@@ -13,7 +13,7 @@ from ..block_weights import Blocks
 from ..objective import Objective
 from ..objective.flow import Flow
 from ..parts import DENOISER, Parts, Target
-from .base import Look, Reading, Tensors, Texts
+from .base import Look, Reading, Tensors, Texts, untold
 from .modules.autoencoder import FLUX_SCALE, FLUX_SHIFT, decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built
 from .modules.lumina2_model import Block, GroupedAttention, Lumina2Transformer, lumina2_config
@@ -61,6 +61,7 @@ class Lumina2:
     encoders: Mapping[str, str] = {TEXT: "gemma"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {DENOISER: "transformer", "vae": "vae", TEXT: "text_encoder"}
+    velocity_of = zero_terminal_of = staticmethod(untold)
     trains_text = False  # ComfyUI reads no LoRA of Gemma 2
     uses_sizes = False
     look = Look(36, 4.0)
@@ -83,14 +84,6 @@ class Lumina2:
         """Say whether single-file weights belong to Lumina 2; Z-Image has no SiLU in its modulation."""
         needed = ("cap_embedder.1.weight", "noise_refiner.0.attention.qkv.weight", MODULATION)
         return {name for name in (*needed, *OTHERS) if UNET_PREFIX + name in weights} == set(needed)
-
-    def velocity_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: all of them predict the flow's velocity."""
-        return None
-
-    def zero_terminal_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: a flow's last timestep is noise alone anyway."""
-        return None
 
     def split(self, weights: Tensors) -> dict[str, Tensors]:
         """Sort single-file weights into state dicts of the parts' modules (views)."""
@@ -174,14 +167,6 @@ class Lumina2:
         """Return [(L, D), (L,)]."""
         length = reading.t5_length or TEXT_LENGTH
         return [(length, cast(Any, parts.text_encoder).config.hidden_size), (length,)]
-
-    def word_rows(self, parts: Parts, text: str) -> torch.Tensor:
-        """See `Family`: refused before, by ``ignored``."""
-        raise NotImplementedError("train_embeddings")
-
-    def add_words(self, parts: Parts, vectors: Mapping[str, nn.Parameter]) -> None:
-        """See `Family`: refused before, by ``ignored``."""
-        raise NotImplementedError("train_embeddings")
 
     def predict(
         self,

@@ -17,7 +17,7 @@ from ..errors import LoraGraftError
 from ..objective import Objective
 from ..objective.flow import Flow, LinearMu
 from ..parts import DENOISER, Parts, Target
-from .base import Look, Reading, Tensors, Texts
+from .base import Look, Reading, Tensors, Texts, untold
 from .modules.building import assign, built, count
 from .modules.qwen_vae import (
     FACTOR,
@@ -87,6 +87,7 @@ class QwenImage:
     encoders: Mapping[str, str] = {TEXT: "qwen"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {DENOISER: "transformer", "vae": "vae", TEXT: "text_encoder"}
+    velocity_of = zero_terminal_of = staticmethod(untold)
     trains_text = False
     uses_sizes = False
     look = Look(50, 4.0)
@@ -110,14 +111,6 @@ class QwenImage:
         """Say whether single-file weights belong to Qwen-Image."""
         needed = ("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight", "img_in.weight")
         return all(TOP + k in weights for k in needed) and weights[TOP + needed[2]].shape[1] == CHANNELS
-
-    def velocity_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: all of them predict the flow's velocity."""
-        return None
-
-    def zero_terminal_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: a flow's last timestep is noise alone anyway."""
-        return None
 
     def split(self, weights: Tensors) -> dict[str, Tensors]:
         """Sort single-file weights into state dicts of the parts' modules (views)."""
@@ -189,14 +182,6 @@ class QwenImage:
     def cond_shapes(self, parts: Parts, reading: Reading) -> list[tuple[int, ...]]:
         """Return [(L, D), (L,)]."""
         return chat_shapes(parts.text_encoder, reading, CHAT)
-
-    def word_rows(self, parts: Parts, text: str) -> torch.Tensor:
-        """See `Family`: refused before, by ``ignored``."""
-        raise NotImplementedError("train_embeddings")
-
-    def add_words(self, parts: Parts, vectors: Mapping[str, nn.Parameter]) -> None:
-        """See `Family`: refused before, by ``ignored``."""
-        raise NotImplementedError("train_embeddings")
 
     def predict(
         self,

@@ -15,7 +15,7 @@ from torch import nn
 from ..block_weights import SD1, Blocks
 from ..objective import NoiseSchedule, Objective
 from ..parts import Parts, Target
-from .base import Look, Reading, Tensors, Texts
+from .base import Look, Reading, Tensors, Texts, untold
 from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built
 from .modules.unet import block_of, check_context, predict_unet, unet_config
@@ -32,7 +32,6 @@ from .targets.targets import find_targets
 from .text import clip_text
 from .text.clip_tokens import CHUNK
 from .text.emphasis import emphasise
-from .text.words import add_words, word_rows
 
 SCALING_FACTOR = 0.18215
 NUM_HEADS = 8  # of every attention in SD1.x; not visible in the weights
@@ -56,6 +55,7 @@ class SD15:
     encoders: Mapping[str, str] = {"text_encoder": "clip"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {"denoiser": "unet", "vae": "vae", "text_encoder": "text_encoder"}
+    velocity_of = zero_terminal_of = staticmethod(untold)
     trains_text = True
     uses_sizes = False
     look = Look(20, 7.0)
@@ -65,14 +65,6 @@ class SD15:
     def detect(self, weights: Tensors) -> bool:
         """Say whether single-file weights belong to SD1.x."""
         return unet_kind(weights) == "sd15"
-
-    def velocity_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: SD1.x's files do not tell."""
-        return None
-
-    def zero_terminal_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: SD1.x's files do not tell."""
-        return None
 
     def split(self, weights: Tensors) -> dict[str, Tensors]:
         """Sort single-file weights into diffusers-named state dicts of the three parts (views)."""
@@ -161,14 +153,6 @@ class SD15:
         """Return [(chunks*75+2, D)]."""
         chunks = reading.max_token_length // CHUNK
         return [(chunks * CHUNK + 2, clip_text.text_width(parts.text_encoder))]
-
-    def word_rows(self, parts: Parts, text: str) -> torch.Tensor:
-        """Return the embeddings (n, D) of a text's tokens, float32 on the CPU; of "", those of all tokens."""
-        return word_rows(parts, text)
-
-    def add_words(self, parts: Parts, vectors: Mapping[str, nn.Parameter]) -> None:
-        """Let captions mean ``vectors``, (n, D) a word, wherever they have one of the words."""
-        add_words(parts, vectors)
 
     def predict(
         self,

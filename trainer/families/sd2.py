@@ -16,7 +16,7 @@ from torch import nn
 from ..block_weights import SD1, Blocks
 from ..objective import NoiseSchedule, Objective
 from ..parts import Parts, Target
-from .base import Look, Reading, Tensors, Texts
+from .base import Look, Reading, Tensors, Texts, untold
 from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built, count
 from .modules.unet import block_of, check_context, predict_unet, unet_config
@@ -30,7 +30,6 @@ from .text import clip_text
 from .text.clip_tokens import CHUNK
 from .text.emphasis import emphasise
 from .text.openclip import HF_LAYER, HF_PROJECTION, from_hf, named_by_hf, to_hf, without
-from .text.words import add_words, word_rows
 
 SCALING_FACTOR = 0.18215
 TITLE = "SD2.x"
@@ -69,6 +68,7 @@ class SD2:
     encoders: Mapping[str, str] = {"text_encoder": "clip"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {"denoiser": "unet", "vae": "vae", "text_encoder": "text_encoder"}
+    zero_terminal_of = staticmethod(untold)
     trains_text = True
     uses_sizes = False
     look = Look(20, 7.0)
@@ -86,10 +86,6 @@ class SD2:
             return None
         bias = weights[max(found)[1]].detach().float()
         return bool(bias.std(unbiased=False) > VELOCITY_SPREAD)
-
-    def zero_terminal_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: SD2.x's files do not tell."""
-        return None
 
     def split(self, weights: Tensors) -> dict[str, Tensors]:
         """Sort single-file weights into the three parts (views); raises LG-BASE-004 for SD2.x's relatives."""
@@ -184,14 +180,6 @@ class SD2:
         """Return [(chunks*75+2, D)]."""
         chunks = reading.max_token_length // CHUNK
         return [(chunks * CHUNK + 2, clip_text.text_width(parts.text_encoder))]
-
-    def word_rows(self, parts: Parts, text: str) -> torch.Tensor:
-        """Return the embeddings (n, D) of a text's tokens, float32 on the CPU; of "", those of all tokens."""
-        return word_rows(parts, text)
-
-    def add_words(self, parts: Parts, vectors: Mapping[str, nn.Parameter]) -> None:
-        """Let captions mean ``vectors``, (n, D) a word, wherever they have one of the words."""
-        add_words(parts, vectors)
 
     def predict(
         self,

@@ -17,7 +17,7 @@ from ..block_weights import Blocks
 from ..errors import LoraGraftError
 from ..objective import Flow, Objective
 from ..parts import DENOISER, Parts, Target
-from .base import Look, Reading, Tensors, Texts
+from .base import Look, Reading, Tensors, Texts, untold
 from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built, unfit
 from .modules.sd3_blocks import build_mmdit, mmdit_config
@@ -93,6 +93,7 @@ class SD3:
     encoders: Mapping[str, str] = {CLIP_L: "clip", CLIP_G: "clip", T5: "t5"}
     optional: tuple[str, ...] = (CLIP_L, CLIP_G, T5)
     folders: Mapping[str, str] = {DENOISER: "transformer", "vae": "vae", **{part: part for part in TEXTS}}
+    velocity_of = zero_terminal_of = staticmethod(untold)
     trains_text = True
     uses_sizes = False
     ignored: Mapping[str, str] = {
@@ -120,14 +121,6 @@ class SD3:
     def detect(self, weights: Tensors) -> bool:
         """Say whether single-file weights belong to this version."""
         return version_of(weights) == self.name
-
-    def velocity_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: all of them predict the flow's velocity."""
-        return None
-
-    def zero_terminal_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: a flow's last timestep is noise alone anyway."""
-        return None
 
     def split(self, weights: Tensors) -> dict[str, Tensors]:
         """Sort single-file weights into state dicts of the parts' modules (views)."""
@@ -213,14 +206,6 @@ class SD3:
         """Return [(L, W), (P,)]."""
         width, pooled = context_widths(parts)
         return [(num_places(parts, reading), width), (pooled,)]
-
-    def word_rows(self, parts: Parts, text: str) -> torch.Tensor:
-        """Not called: ``ignored`` refuses what needs it."""
-        raise NotImplementedError(self.ignored["train_embeddings"])
-
-    def add_words(self, parts: Parts, vectors: Mapping[str, nn.Parameter]) -> None:
-        """Not called: ``ignored`` refuses what needs it."""
-        raise NotImplementedError(self.ignored["train_embeddings"])
 
     def predict(
         self,

@@ -186,14 +186,6 @@ class SDXL:
         projection = cast(Any, parts.text_encoders[CLIP_G]).text_projection
         return [(chunks * CHUNK + 2, width), (projection.weight.shape[0],)]
 
-    def word_rows(self, parts: Parts, text: str) -> torch.Tensor:
-        """Not called: ``ignored`` refuses what needs it."""
-        raise NotImplementedError(self.ignored["train_embeddings"])
-
-    def add_words(self, parts: Parts, vectors: Mapping[str, nn.Parameter]) -> None:
-        """Not called: ``ignored`` refuses what needs it."""
-        raise NotImplementedError(self.ignored["train_embeddings"])
-
     def predict(
         self,
         parts: Parts,

@@ -16,7 +16,7 @@ from ..errors import LoraGraftError
 from ..objective import Objective
 from ..objective.flow import Flow
 from ..parts import DENOISER, Parts, Target
-from .base import Look, Reading, Tensors, Texts
+from .base import Look, Reading, Tensors, Texts, untold
 from .modules.autoencoder import FLUX_SCALE, FLUX_SHIFT, decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built
 from .modules.z_image_model import PATCH, Attention, Block, ZImageTransformer, z_image_config
@@ -76,6 +76,7 @@ class ZImage:
     encoders: Mapping[str, str] = {TEXT: "qwen"}
     optional: tuple[str, ...] = ()
     folders: Mapping[str, str] = {DENOISER: "transformer", "vae": "vae", TEXT: "text_encoder"}
+    velocity_of = zero_terminal_of = staticmethod(untold)
     trains_text = False
     uses_sizes = False
     look = Look(28, 4.0)  # the base's; Turbo draws in 8 steps without a negative prompt
@@ -98,14 +99,6 @@ class ZImage:
         """Say whether single-file weights belong to Z-Image; Lumina 2 has a SiLU in its modulation."""
         needed = ("cap_embedder.1.weight", "noise_refiner.0.attention.qkv.weight")
         return all(TOP + k in weights for k in (*needed, "layers.0.adaLN_modulation.0.weight"))
-
-    def velocity_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: all of them predict the flow's velocity."""
-        return None
-
-    def zero_terminal_of(self, weights: Tensors) -> bool | None:
-        """See `Family`: a flow's last timestep is noise alone anyway."""
-        return None
 
     def split(self, weights: Tensors) -> dict[str, Tensors]:
         """Sort single-file weights into state dicts of the parts' modules (views)."""
@@ -186,14 +179,6 @@ class ZImage:
     def cond_shapes(self, parts: Parts, reading: Reading) -> list[tuple[int, ...]]:
         """Return [(L, D), (L,)]."""
         return chat_shapes(parts.text_encoder, reading, CHAT)
-
-    def word_rows(self, parts: Parts, text: str) -> torch.Tensor:
-        """See `Family`: refused before, by ``ignored``."""
-        raise NotImplementedError("train_embeddings")
-
-    def add_words(self, parts: Parts, vectors: Mapping[str, nn.Parameter]) -> None:
-        """See `Family`: refused before, by ``ignored``."""
-        raise NotImplementedError("train_embeddings")
 
     def predict(
         self,

@@ -17,6 +17,7 @@ from ..data.train_set import TrainSet
 from ..engine.precision import Precision
 from ..families.opening import Base
 from ..families.text.clip_tokens import has_word
+from ..families.text.words import add_words, word_rows
 from ..objective import generator
 from ..parts import Parts
 from ..settings.words import Word, parse_words
@@ -40,7 +41,7 @@ class Words:
             rows = _first_rows(base, parts, word, config.seed)
             self.vectors[word.word] = nn.Parameter(rows.to(precision.device))
         if found:
-            base.family.add_words(parts, self.vectors)
+            add_words(parts, self.vectors)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all trained embeddings."""
@@ -78,7 +79,7 @@ def _use(file: str) -> str:
 
 def _first_rows(base: Base, parts: Parts, word: Word, seed: int) -> torch.Tensor:
     """Return where a word's embedding begins: at the tokens of its text, over and over, or at random."""
-    rows = base.family.word_rows(parts, word.init)
+    rows = word_rows(parts, word.init)
     if word.init:
         count = word.vectors or len(rows)
         return rows[torch.arange(count) % len(rows)].clone()
