@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from loragraft_tests.full.random_values import Values
+
 NAME = "sdxl_random_checkpoint.safetensors"
 VOCABULARY = 49408
-POOL = 2**24 + 61  # random values that all tensors are made of; odd, so that no two begin alike
 TEXTS = {"clip_l": (768, 3072, 12, 12), "clip_g": (1280, 5120, 32, 20)}
 
 
@@ -72,27 +73,6 @@ def named() -> Iterator[tuple[str, torch.Tensor]]:
             if not key.endswith("position_ids"):
                 name = key if outside else f"text_model.{key}"
                 yield f"text_encoders.{kind}.transformer.{name}", tensor
-
-
-class Values:
-    """Values for one tensor after the other: norms at 1 and 0, the rest uniform in +-1/sqrt(fan_in)."""
-
-    def __init__(self, seed: int, dtype: torch.dtype) -> None:
-        drawn = torch.empty(POOL).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed))
-        self.pool, self.begin = drawn.to(dtype), 0
-
-    def of(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Return the values of a tensor, cut from one pool."""
-        values = torch.empty(shape, dtype=self.pool.dtype)
-        if len(shape) == 1:
-            return values.fill_(1.0 if name.endswith("weight") else 0.0)
-        flat, done = values.view(-1), 0
-        while done < flat.numel():
-            piece = self.pool[self.begin : self.begin + flat.numel() - done]
-            flat[done : done + piece.numel()] = piece
-            done += piece.numel()
-            self.begin = (self.begin + piece.numel()) % POOL
-        return values.mul_(0.02 if "embedding.weight" in name else shape[1:].numel() ** -0.5)
 
 
 def weights(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
