@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 POOL = 2**24 + 61  # random values that all tensors are made of; odd, so that no two begin alike
-EMBEDDINGS = ("embedding.weight", "shared.weight")
+EMBEDDINGS = ("embedding.weight", "shared.weight", "embed_tokens.weight")
+ONES = ("weight", "scale", "running_var")
 
 
 class Values:
@@ -19,7 +20,7 @@ class Values:
         """Return the values of a tensor, cut from one pool."""
         values = torch.empty(shape, dtype=self.pool.dtype)
         if len(shape) == 1:
-            return values.fill_(1.0 if name.endswith(("weight", "scale")) else 0.0)
+            return values.fill_(1.0 if name.endswith(ONES) else 0.0)
         flat, done = values.view(-1), 0
         while done < flat.numel():
             piece = self.pool[self.begin : self.begin + flat.numel() - done]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,14 @@ import pytest
 import torch
 
 from loragraft.trainer import api
-from loragraft.trainer.families.names.flux_keys import CLIP_PREFIX, T5_PREFIX
-from loragraft.trainer.families.names.ldm_keys import UNET_PREFIX, VAE_PREFIX
-from loragraft_tests.full import full_flux
+from loragraft_tests.full import full_transformers
 from loragraft_tests.full.random_values import Values
 from loragraft_tests.trainer import tiny, tiny_flux, tiny_t5
 
 pytestmark = pytest.mark.full
 
 SIDE, TOKENS = 256, 64
+MODULES = 2 * 10 + 2 * 3
 GROWTH_MB = 100
 
 
@@ -32,20 +32,14 @@ def resident_mb() -> float:
 
 def as_comfyui_holds_them() -> dict[str, torch.Tensor]:
     """Return weights under the names of ComfyUI's modules; text encoders are as wide, not as deep."""
-    clip = full_flux.clip(layers=2, words=tiny.VOCABULARY)
-    t5 = full_flux.t5(layers=1, words=tiny_t5.VOCABULARY, inside=1024)
     parts = {
-        UNET_PREFIX: ("flux", full_flux.transformer(), torch.bfloat16),
-        VAE_PREFIX: ("ae", full_flux.vae(), torch.float32),
-        CLIP_PREFIX: ("clip_l", clip, torch.bfloat16),
-        T5_PREFIX: ("t5xxl", t5, torch.bfloat16),
+        **full_transformers.FAMILIES["flux"].parts,
+        "text_encoder": partial(full_transformers.clip, layers=2, words=tiny.VOCABULARY),
+        "text_encoder_2": partial(full_transformers.t5, layers=1, words=tiny_t5.VOCABULARY, inside=1024),
     }
-    held: dict[str, torch.Tensor] = {}
-    for prefix, (part, module, dtype) in parts.items():
-        values = Values(0, dtype)
-        for name, tensor in full_flux.named(part, module).items():
-            held[prefix + name] = values.of(name, tensor.shape)
-    return held
+    values = Values(0, torch.bfloat16)
+    named = full_transformers.named("flux", parts)
+    return {name: values.of(name, named[name].shape) for name in named}
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +88,9 @@ def test_a_step_trains_every_module(flux: api.Base, tmp_path: Path) -> None:
     saved = [e for e in events if isinstance(e, api.Saved)]
     peak = _peak_mb()
     print(f"one step at {SIDE}: loss {step.loss:.3f}, at most {peak:.0f} MB held")
-    assert planned.num_modules == full_flux.MODULES
+    assert planned.num_modules == MODULES
     assert math.isfinite(step.loss) and 0.1 < step.loss < 10
-    assert saved[-1].num_tensors == 3 * full_flux.MODULES and saved[-1].zero_tensors == 0
+    assert saved[-1].num_tensors == 3 * MODULES and saved[-1].zero_tensors == 0
     assert peak < 24 * 1024
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import importlib
 import json
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 
 import comfy.lora
+import comfy.sample
+import comfy.samplers
 import torch
 from safetensors.torch import load_file
 
@@ -102,6 +105,63 @@ class ProbeGrowth:
         return {"ui": {"text": [json.dumps({"grown": grown, "dtypes": dtypes})]}}
 
 
+T5_PLACES = {"flux": 256}  # to which ComfyUI fills captions up
+
+
+class ProbeNear:
+    """Compare what the host's and the trainer's modules make of a caption and of noise."""
+
+    CATEGORY, FUNCTION, OUTPUT_NODE, RETURN_TYPES = "probe", "look", True, ()
+    NEEDED = ("nodes.host", "nodes.host_bases", "trainer.families.base", "trainer.families.drawing")
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "clip": ("CLIP",), "vae": ("VAE",), "text": ("STRING", {})}}
+
+    def look(self, model, clip, vae, text):
+        name = next(n for n in sys.modules if n.endswith("ComfyUI-LoraGraft"))
+        pack = {m: importlib.import_module(f"{name}.{m}") for m in self.NEEDED}
+        sigma = 0.7
+        with pack["nodes.host"].training_mode(), torch.no_grad():
+            base = pack["nodes.host_bases"].open_base(model, clip, vae)
+            parts, family = base.load(), base.family
+            parts = dataclasses.replace(parts, dtype=torch.bfloat16)
+            noise = torch.randn(
+                (1, *family.latent_shape(parts, 128, 192)), generator=torch.Generator().manual_seed(5)
+            )
+            reading = pack["trainer.families.base"].Reading(t5_length=T5_PLACES.get(family.name))
+            cond = family.encode_text(parts, family.tokenize(parts, [text], reading), reading)
+            guided = pack["trainer.families.drawing"].Guided("", 1.0, guidance=3.5)
+            denoise = pack["trainer.families.drawing"].denoiser(
+                family, parts, [text], (128, 192), guided, reading
+            )
+            ours = denoise(family.objective.start(noise, torch.tensor(sigma)), torch.tensor(sigma))
+        conditions = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        video = model.model.latent_format.latent_dimensions == 3
+        theirs = comfy.sample.sample_custom(
+            model,
+            noise.unsqueeze(2) if video else noise,
+            1.0,
+            comfy.samplers.sampler_object("euler"),
+            torch.tensor([sigma, 0.0]),
+            conditions,
+            conditions,
+            torch.zeros_like(noise.unsqueeze(2) if video else noise),
+        )
+        host = conditions[0][0]
+        places = min(host.shape[1], cond[0].shape[1])
+        report = {
+            "text": apart(cond[0][:, :places], host[:, :places]),
+            "denoised": apart(ours, model.model.process_latent_in(theirs).reshape(ours.shape)),
+        }
+        return {"ui": {"text": [json.dumps(report)]}}
+
+
+def apart(ours, theirs) -> float:
+    """Return the distance of two tensors relative to the second."""
+    return float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+
+
 def resident() -> dict[str, float]:
     status = Path("/proc/self/status")
     text = status.read_text() if status.exists() else ""
@@ -123,4 +183,5 @@ NODE_CLASS_MAPPINGS = {
     "ProbeDelta": ProbeDelta,
     "ProbeResident": ProbeResident,
     "ProbeGrowth": ProbeGrowth,
+    "ProbeNear": ProbeNear,
 }
