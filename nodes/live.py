@@ -66,42 +66,10 @@ class Live:
     def take(self, event: events.Event, number: int = 0) -> None:
         """Tell the browser of one event of run ``number``."""
         self._pace.take(number, event)
-        told, which = self._told[number], self._which(number)
-        if isinstance(event, events.Step):
-            self._take_step(event, number)
-            return
-        if isinstance(event, events.Validating):
-            return
-        self.flush()
-        if isinstance(event, events.Planned):
-            told.total, told.step = event.total_steps, event.first_step
-            lines = [line for line in event.lines if line not in self._lines]
-            self._lines += [f"{self._label(number)}{line}" for line in lines] if self._lines else lines
-            plan = {"total_steps": event.total_steps, "first_step": event.first_step}
-            self._send("plan", **plan, lines=list(self._lines), **which)
-        elif isinstance(event, events.Cached):
-            if event.done == event.total or self._clock() - self._sent_at >= INTERVAL_S:
-                self._send("cache", what=event.what, done=event.done, total=event.total, **which)
-        elif isinstance(event, events.Sampled):
-            sample = {"step": event.step, "prompt": event.prompt, **self._view(event.path), **which}
-            self.samples = [*self.samples, sample][-MAX_SAMPLES:]
-            self._send("sample", **sample)
-        elif isinstance(event, events.Saved):
-            save = {"step": event.step, "zero_tensors": event.zero_tensors, "num_tensors": event.num_tensors}
-            told.saves.append(save)
-            self._send("save", **save, **which)
-        elif isinstance(event, events.Note):
-            self._say(event.text, number)
-        elif isinstance(event, events.Validated):
-            told.validations = [v for v in told.validations if v[0] < event.step] + [(event.step, event.loss)]
-            told.best = event.step if event.is_best else told.best
-            self._send("validation", step=event.step, loss=event.loss, best=event.is_best, **which)
-            self._say(validation_line(event), number)
-        elif isinstance(event, events.Failed):
-            told.error = str(event.error)
-            self._send("failed", error=told.error, **which)
-        elif isinstance(event, events.Finished) and self._runs:
-            self._send("finished", file=event.lora_file.name, step=event.step, reused=event.reused, **which)
+        if not isinstance(event, (events.Step, events.Validating)):
+            self.flush()
+        if tell := TOLD_BY.get(type(event)):
+            tell(self, event, number)
 
     def take_samples(self, samples: Sequence[Payload], number: int = 0) -> None:
         """Show the samples that a run drew when it was trained before."""
@@ -117,30 +85,6 @@ class Live:
     def _say(self, text: str, number: int) -> None:
         self._notes.append(f"{self._label(number)}{text}")
         self._send("note", text=self._notes[-1])
-
-    def _take_step(self, event: events.Step, number: int) -> None:
-        told = self._told[number]
-        rate = max(event.learning_rates.values(), default=0.0)
-        told.step, told.total = event.step, event.total_steps
-        while told.losses and told.losses[-1][0] >= event.step:  # the run went back
-            told.losses.pop()
-            told.rates.pop()
-        told.losses.append((event.step, event.loss))
-        told.rates.append(rate)
-        self._waiting.append(
-            {
-                "step": event.step,
-                "total": event.total_steps,
-                "epoch": event.epoch,
-                "loss": event.loss,
-                "avr_loss": event.avr_loss,
-                "lr": rate,
-                "seconds": event.seconds,
-                **self._which(number),
-            }
-        )
-        if self._clock() - self._sent_at >= INTERVAL_S:
-            self.flush()
 
     def flush(self) -> None:
         """Send the steps that wait."""
@@ -173,6 +117,74 @@ class Live:
         steps = {key: sum(run[key] for run in runs) for key in ("step", "total_steps")}
         return self._send("done", **shared, **steps, losses=[], lrs=[], saves=[], runs=runs)
 
+    # ---- one event each: the kinds that are told, see TOLD_BY ----
+
+    def _plan(self, event: events.Planned, number: int) -> None:
+        told = self._told[number]
+        told.total, told.step = event.total_steps, event.first_step
+        lines = [line for line in event.lines if line not in self._lines]
+        self._lines += [f"{self._label(number)}{line}" for line in lines] if self._lines else lines
+        plan = {"total_steps": event.total_steps, "first_step": event.first_step}
+        self._send("plan", **plan, lines=list(self._lines), **self._which(number))
+
+    def _cache(self, event: events.Cached, number: int) -> None:
+        if event.done == event.total or self._is_time():
+            self._send("cache", what=event.what, done=event.done, total=event.total, **self._which(number))
+
+    def _step(self, event: events.Step, number: int) -> None:
+        told = self._told[number]
+        rate = max(event.learning_rates.values(), default=0.0)
+        told.step, told.total = event.step, event.total_steps
+        while told.losses and told.losses[-1][0] >= event.step:  # the run went back
+            told.losses.pop()
+            told.rates.pop()
+        told.losses.append((event.step, event.loss))
+        told.rates.append(rate)
+        self._waiting.append(
+            {
+                "step": event.step,
+                "total": event.total_steps,
+                "epoch": event.epoch,
+                "loss": event.loss,
+                "avr_loss": event.avr_loss,
+                "lr": rate,
+                "seconds": event.seconds,
+                **self._which(number),
+            }
+        )
+        if self._is_time():
+            self.flush()
+
+    def _sample(self, event: events.Sampled, number: int) -> None:
+        shown = {**self._view(event.path), **self._which(number)}
+        sample = {"step": event.step, "prompt": event.prompt, **shown}
+        self.samples = [*self.samples, sample][-MAX_SAMPLES:]
+        self._send("sample", **sample)
+
+    def _save(self, event: events.Saved, number: int) -> None:
+        save = {"step": event.step, "zero_tensors": event.zero_tensors, "num_tensors": event.num_tensors}
+        self._told[number].saves.append(save)
+        self._send("save", **save, **self._which(number))
+
+    def _note(self, event: events.Note, number: int) -> None:
+        self._say(event.text, number)
+
+    def _validation(self, event: events.Validated, number: int) -> None:
+        told, which = self._told[number], self._which(number)
+        told.validations = [v for v in told.validations if v[0] < event.step] + [(event.step, event.loss)]
+        told.best = event.step if event.is_best else told.best
+        self._send("validation", step=event.step, loss=event.loss, best=event.is_best, **which)
+        self._say(validation_line(event), number)
+
+    def _failure(self, event: events.Failed, number: int) -> None:
+        self._told[number].error = str(event.error)
+        self._send("failed", error=str(event.error), **self._which(number))
+
+    def _finish(self, event: events.Finished, number: int) -> None:
+        if self._runs:  # the end of one run alone is told by `done`
+            end = {"file": event.lora_file.name, "step": event.step, "reused": event.reused}
+            self._send("finished", **end, **self._which(number))
+
     def _end(self, number: int, finished: events.Finished | None, most: int) -> Payload:
         """Describe how a run ended, with at most ``most`` of its losses."""
         told = self._told[number]
@@ -198,11 +210,27 @@ class Live:
             **more,
         }
 
+    def _is_time(self) -> bool:
+        return self._clock() - self._sent_at >= INTERVAL_S
+
     def _send(self, kind: str, **payload: Any) -> Payload:
         full = {**self._head, "kind": kind, **payload}
         self._sent_at = self._clock()
         self._send_raw(full)
         return full
+
+
+TOLD_BY: Mapping[type, Callable[[Live, Any, int], None]] = {
+    events.Planned: Live._plan,
+    events.Cached: Live._cache,
+    events.Step: Live._step,
+    events.Sampled: Live._sample,
+    events.Saved: Live._save,
+    events.Note: Live._note,
+    events.Validated: Live._validation,
+    events.Failed: Live._failure,
+    events.Finished: Live._finish,
+}
 
 
 def step_of(path: Any) -> int:

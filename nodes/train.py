@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
@@ -20,6 +21,7 @@ log = logging.getLogger("loragraft")
 Checkpoints = io.Custom("LORAGRAFT_CHECKPOINTS")
 CONTINUE, AFRESH = "continue", "start afresh"
 MAX_IMAGES = 8
+IMAGE_KEYS = ("filename", "subfolder", "type")  # what ComfyUI finds a picture by
 
 
 class TrainLoRA(io.ComfyNode):
@@ -140,7 +142,7 @@ class TrainLoRA(io.ComfyNode):
         from ..trainer.config import TrainConfig
         from ..trainer.sweep import sweep_runs
         from . import host, host_sampling
-        from .live import Live, step_of_sample
+        from .live import Live
 
         linked = _linked(settings.values if settings else {})
         config = widgets.train_config(values, linked)
@@ -159,18 +161,14 @@ class TrainLoRA(io.ComfyNode):
         finished = _train(model, clip, vae, jobs, workflow, existing_run == AFRESH, live)
         for number, end in finished.items():
             if end.reused:
-                files = sorted((end.run_folder / "samples").glob("step-*.png"))
-                found = [{"step": step_of_sample(f.name), "prompt": "", **host.view(f)} for f in files]
-                live.take_samples(found, number)
+                live.take_samples(_samples_in(end.run_folder), number)
         done = live.done(finished)
         first = next(iter(finished.values()))
         names = [end.lora_file.name for end in finished.values()]
         lora = host_sampling.read_lora(first.lora_file)
         trained_model, trained_clip = host_sampling.apply_lora(model, clip, lora, 1.0, 1.0, names[0])
         host_sampling.mark(trained_model, trained_clip, names[0])
-        images = [
-            {k: s[k] for k in ("filename", "subfolder", "type")} for s in live.samples if "filename" in s
-        ]
+        images = [{k: s[k] for k in IMAGE_KEYS} for s in live.samples if "filename" in s]
         return io.NodeOutput(
             api.lora_tensors(first.lora_file, denoiser_only=True),
             trained_model,
@@ -181,6 +179,15 @@ class TrainLoRA(io.ComfyNode):
             () if runs else tuple(first.checkpoints),
             ui={"loragraft": [done], "images": images[-MAX_IMAGES:]},
         )
+
+
+def _samples_in(run_folder: Path) -> list[dict[str, Any]]:
+    """Return the samples that a run drew earlier, as the live panel shows them."""
+    from . import host
+    from .live import step_of_sample
+
+    files = sorted((run_folder / "samples").glob("step-*.png"))
+    return [{"step": step_of_sample(f.name), "prompt": "", **host.view(f)} for f in files]
 
 
 def _linked(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,29 +112,32 @@ def _checked(cls: type, name: str, hint: Any, value: Any, where: str) -> Any:
 
 
 _WRONG = object()
+# The types of values that can stand for one of a kind; True and False are no numbers here.
+TYPES: Mapping[Any, tuple[type, ...]] = {
+    type(None): (type(None),),
+    bool: (bool,),
+    str: (str,),
+    int: (int,),
+    float: (int, float),
+}
 
 
 def _coerce(value: Any, allowed: Iterable[Any]) -> Any:
     """Return ``value`` as one of the allowed types without losing anything, else _WRONG."""
     for kind in allowed:
-        if kind is type(None):
-            if value is None:
-                return None
-        elif typing.get_origin(kind) is tuple:
-            if isinstance(value, (list, tuple)):
-                parts = typing.get_args(kind)
-                inner, length = parts[0], None if parts[-1] is Ellipsis else len(parts)
-                if (length is None or len(value) == length) and all(type(v) is inner for v in value):
-                    return tuple(value)
-        elif kind is bool or kind is str:
-            if type(value) is kind:
-                return value
-        elif kind is int:
-            if type(value) is int:
-                return value
-        elif kind is float and type(value) in (int, float):
-            return float(value)
+        if typing.get_origin(kind) is tuple:
+            if _fits(value, *typing.get_args(kind)):
+                return tuple(value)
+        elif type(value) in TYPES.get(kind, ()):
+            return float(value) if kind is float else value
     return _WRONG
+
+
+def _fits(value: Any, *kinds: Any) -> bool:
+    """Say whether a list holds items of the first kind: as many as there are kinds, or any number (...)."""
+    if not isinstance(value, (list, tuple)) or not all(type(item) is kinds[0] for item in value):
+        return False
+    return kinds[-1] is Ellipsis or len(value) == len(kinds)
 
 
 def _type_name(kind: Any) -> str:

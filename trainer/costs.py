@@ -16,10 +16,10 @@ from .engine.flat import Flat
 from .engine.meter import measure, tensor_bytes
 from .engine.packed_conv import packed_bytes
 from .engine.precision import strict
-from .engine.predictor import ENCODING, SAMPLING, Case, Costs, Footprints, Size, costs_of
+from .engine.predictor import ENCODING, PREVIEW, SAMPLING, Case, Costs, Footprints, Size, costs_of
 from .engine.steps import Eager, Fused, Rows, Tensors
 from .engine.swap import frozen
-from .inputs import Fed, reading_of
+from .inputs import Fed
 from .losses import micro_losses
 from .objective import NoiseSchedule
 from .optim.build import state_bytes
@@ -59,7 +59,8 @@ class Largest:
         family, parts = runs[0].base.family, runs[0].parts
         count = batch * (len(self.rows) if rows is None else rows)
         latent = family.latent_shape(parts, *size)
-        longest = max((reading_of(run.config) for run in runs), key=lambda r: r.max_token_length)
+        readings = [run.inputs.texts.reading for run in runs]
+        longest = max(readings, key=lambda r: sum(map(math.prod, family.cond_shapes(parts, r))))
         if runs[self.lead].inputs.keeps_text:
             text = tuple(meta(count, *shape) for shape in family.cond_shapes(parts, longest))
         else:
@@ -164,7 +165,9 @@ def _others(largest: Largest, case: Case, vae_held: int) -> dict[str, int]:
     encoding = "encoding at each step" if vae_held else ENCODING
     found = {encoding: vae + phase(encode, (meta(1, 3, height, width),), [parts.vae])}
     if any(run.config.preview_image or run.config.sample_prompts for run in runs):
-        found[SAMPLING] = vae + phase(decode, (meta(1, *latent),), [parts.vae])
+        between = len(runs) > 1 or bool(first.config.sample_prompts)  # steps of this run, or of the others
+        drawing = SAMPLING if between else PREVIEW
+        found[drawing] = vae + phase(decode, (meta(1, *latent),), [parts.vae])
     if case.captured and any(run.validation for run in runs):  # else a step takes more
         found["validation"] = phase(
             largest.loss_alone, largest.inputs(case.batch, case.size, 1), largest.modules()

@@ -26,7 +26,7 @@ from .events import Event, Finished, Note, Planned, Step
 from .milestones import Milestones, best_line
 from .optim.rates import logged_rates, set_learning_rates
 from .plan import average_loss, step_losses
-from .planned import planned_lines
+from .planned import cut_caption_line, planned_lines
 from .publish import publish, publish_embeddings, published_name
 from .resuming import restore, share_state
 from .rollback import Diverged, Safety, exploded, not_finite
@@ -188,6 +188,8 @@ def lane(product: Product, run: Run, newest: Checkpoint | None, runs: int) -> La
         begin(run, product.job, newest)
         share_state(run)
         yield from _train(run, product, newest, runs)
+        if runs == 1:  # else the others' steps need what it holds
+            run.engine.release()
         yield from draw_preview(run)
         run.folder.end(run.step)
         last = next(c for c in run.folder.checkpoints() if c.step == run.step)
@@ -224,6 +226,9 @@ def _train(run: Run, product: Product, resumed: Checkpoint | None, runs: int) ->
             run.folder.path,
             tuple(lines),
         )
+        if (cut := cut_caption_line(run)) is not None:
+            log.lines([cut])
+            yield Note(cut)
         run.adapter.select()
         if run.validation is not None:
             yield from run.validation.prepare()

@@ -18,6 +18,7 @@ from .adapters.files import PREDICTION, TERMINAL, VELOCITY, compact, read_tensor
 from .config import DatasetConfig, TrainConfig, as_dict, denoiser_lr, encoder_lr, resolution_wh
 from .data.records import Record
 from .data.train_set import TrainSet, training_samples
+from .families import FAMILIES, Family
 from .families.opening import Base
 from .objective import Flow
 
@@ -80,6 +81,10 @@ OF_FLOW = (
     *("logit_std", "mode_scale", "model_prediction_type", "guidance_scale", "apply_t5_attn_mask"),
 )
 
+BASE, MODULE = "ss_base_model_version", "ss_network_module"
+LORA = "networks.lora"  # kohya's module of plain LoRAs for bases that have none of their own
+MODULES = {family.metadata[BASE]: family.metadata.get(MODULE, LORA) for family in FAMILIES.values()}
+
 # Settings at their defaults are left out, so that a new setting leaves runs that were begun before it as they
 # are. Where a default, or what a setting means, changes, this number has to.
 HASH_VERSION = 2
@@ -101,10 +106,22 @@ def run_hash(
 
 
 def trigger_words(train_set: TrainSet, config: TrainConfig) -> str:
-    """Return the trigger words: those of the settings, else the concepts' class words."""
-    return config.metadata_trigger_phrase or ", ".join(
-        dict.fromkeys(r.concept for r in train_set.records if r.concept and not r.is_reg)
-    )
+    """Return the trigger words: those of the settings, else the class words that some caption holds.
+
+    Class words beside caption files that leave them out were never shown to the model, and call nothing.
+    """
+    shown = [
+        record.concept
+        for record, own in zip(train_set.records, train_set.configs, strict=True)
+        if record.concept and not record.is_reg and _is_shown(record, own)
+    ]
+    return config.metadata_trigger_phrase or ", ".join(dict.fromkeys(shown))
+
+
+def _is_shown(record: Record, config: DatasetConfig) -> bool:
+    """Say whether a caption, or what its settings put around it, holds the class words."""
+    texts = (record.caption, config.caption_prefix, config.caption_suffix, config.caption_template)
+    return any(record.concept.casefold() in text.casefold() for text in texts)
 
 
 def build(
@@ -125,7 +142,7 @@ def build(
     values: dict[str, object] = {
         **{f"ss_{name}": getattr(config, name) for name in OF_RUNS},
         **{f"ss_{name}": getattr(train_set.config, name) for name in OF_DATA},
-        **_network_values(config),
+        **_network_values(config, base.family),
         **_data_values(train_set),
         **_title_values(train_set, config),
         "ss_optimizer": optimizer,
@@ -138,7 +155,6 @@ def build(
         "ss_total_batch_size": config.train_batch_size * config.gradient_accumulation_steps,
         "ss_mixed_precision": {"fp32": "no"}.get(precision, precision),
         "ss_debiased_estimation": config.debiased_estimation_loss,
-        "ss_v2": False,
         "loragraft_run": run,
         "loragraft_base": base.weights_hash,
     }
@@ -146,8 +162,7 @@ def build(
         values |= {f"ss_{name}": getattr(config, name) for name in OF_FLOW}
     if arguments := network_args(config):
         values["ss_network_args"] = compact(arguments)
-    texts = {k: _text(v) for k, v in values.items()}
-    texts |= base.family.metadata
+    texts = {"ss_v2": "False", **base.family.metadata} | {k: _text(v) for k, v in values.items()}
     if config.v_parameterization:
         texts |= {PREDICTION: VELOCITY, "ss_v_parameterization": "True"}
         texts[TERMINAL] = str(config.zero_terminal_snr)
@@ -157,9 +172,15 @@ def build(
     return texts
 
 
-def _network_values(config: TrainConfig) -> dict[str, object]:
+def lora_module(metadata: Mapping[str, str]) -> str:
+    """Return kohya's module of plain LoRAs: that of the base that metadata name, else the one they name."""
+    named = metadata.get(MODULE, "")
+    return MODULES.get(metadata.get(BASE, ""), named if named.startswith(LORA) else LORA)
+
+
+def _network_values(config: TrainConfig, family: Family) -> dict[str, object]:
     return {
-        "ss_network_module": network_module(config),
+        MODULE: network_module(config, family.metadata.get(MODULE, LORA)),
         "ss_network_dim": config.network_dim,
         "ss_network_alpha": config.network_alpha or float(config.network_dim),
         "ss_network_dropout": config.network_dropout or None,

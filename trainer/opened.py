@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -20,12 +21,12 @@ from .engine.attention import use_attention
 from .engine.attention_choice import Choice, largest_shapes
 from .engine.attention_choice import choose as choose_attention
 from .engine.captured import Captured
+from .engine.lean import keep_less
 from .engine.packed_conv import pack_convolutions
-from .engine.precision import Precision, place
+from .engine.precision import place
 from .engine.small_maps import use_matrix_products
 from .engine.steps import Eager, Engine, Fused, Loss, Rows, Tensors, choose, parameters_of
 from .errors import LoraGraftError, listed
-from .families.opening import Base
 from .inputs import Inputs, keeps_text
 from .inputs.unused import check_used
 from .inputs.words import Words
@@ -36,6 +37,7 @@ from .optim.groups import Group, as_pairs, group_tensors, lr_scale
 from .parts import Parts, Target
 from .run import Job, Run
 
+Start = dict[str, torch.Tensor] | None  # the tensors of the file that a run begins from
 # Settings of the base and the engine that runs side by side share, so these must be equal.
 SHARED = (
     "engine",
@@ -49,6 +51,32 @@ SHARED = (
 )
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a job trains on the base: a network and the embeddings of words, and the optimizer of both."""
+
+    job: Job
+    settings: NetworkSettings
+    adapter: network.Adapter
+    words: Words
+    groups: Sequence[Group]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the runs of one base have in common; the lines of the log are ``first``, a run's own, ``last``."""
+
+    parts: Parts
+    engine: Engine
+    attention: str
+    cache: TensorCache
+    first: Sequence[str]
+    last: Sequence[str]
+
+
 def open_runs(jobs: Sequence[Job], cache: Path, before: Mapping[str, Any]) -> list[Run]:
     """Load the base once, put all runs' adapters on it and build the optimizers; nothing is trained yet.
 
@@ -57,75 +85,74 @@ def open_runs(jobs: Sequence[Job], cache: Path, before: Mapping[str, Any]) -> li
     share.
     """
     _check_shared(jobs)
-    base, precision, config = jobs[0].base, jobs[0].precision, jobs[0].config
     starts = [weights_of(job.config) for job in jobs]
-    family = base.family
-    settings = [
-        settings_of(j.config, family.blocks, s, family.encoders) for j, s in zip(jobs, starts, strict=True)
-    ]
-    parts, lines = _load(jobs, settings)
+    settings = [_settings(job, start) for job, start in zip(jobs, starts, strict=True)]
+    parts, loaded = _load(jobs, settings)
     attention, said = _attention(parts, jobs, before)
-    targets = [_targets(base, parts, *pair) for pair in zip((j.config for j in jobs), settings, strict=True)]
+    targets = [_targets(parts, job, own) for job, own in zip(jobs, settings, strict=True)]
     adapters = network.inject_side_by_side(parts, list(zip(settings, targets, strict=True)))
-    begun = [begin(*each) for each in zip(adapters, (j.config for j in jobs), starts, strict=True)]
-    groups = [
-        group_tensors(job.config, ((m.target, m.tensors) for m in adapter.modules), base.family.blocks)
-        for job, adapter in zip(jobs, adapters, strict=True)
-    ]
-    words = [Words(base, parts, job.train_set, job.config, precision) for job in jobs]
-    for job, own, each in zip(jobs, groups, words, strict=True):
-        if each.vectors:
-            own.append(Group("embedding", job.config.embedding_lr * lr_scale(job.config), each.parameters()))
-    optimizers = [build_optimizer(job.config, as_pairs(own)) for job, own in zip(jobs, groups, strict=True)]
-    runs: list[Run] = []
-    scalers = [precision.scaler() for _ in jobs]
-    losses_of = partial(_losses, runs)
-    processes = jobs[0].world.size
-    unfused = next((own.unfused for own in settings if own.unfused), "")
-    if words[0].vectors:
-        unfused = unfused or "embeddings of words are trained"
-    engine, why = _engine(
-        parts, config, precision, losses_of, optimizers, scalers, adapters, processes, unfused
-    )
-    store = TensorCache(cache)
-    for job, own, adapter, optimizer, scaler, sorted_tensors, lines_of, trained_words in zip(
-        jobs, settings, adapters, optimizers, scalers, groups, begun, words, strict=True
-    ):
-        common = (job.config, precision, store, own.text_encoder)
-        advised = advice(job.config, sorted_tensors, base.family.blocks)
-        inputs = Inputs(base, parts, job.train_set, *common, job.plan.total_steps)
-        kept_out = job.train_set.validation
-        validation = Inputs(base, parts, kept_out, *common) if kept_out else None
-        lines_of = [*lines_of, *trained_words.lines(job.config.output_name)]
-        lines_of += check_used(job.train_set, job.config)
-        runs.append(
-            Run(
-                base,
-                parts,
-                job.train_set,
-                job.config,
-                job.plan,
-                precision,
-                inputs,
-                validation,
-                trained_words,
-                adapter,
-                optimizer,
-                [group.label for group in sorted_tensors],
-                scaler,
-                engine,
-                attention.name,
-                [
-                    *(*lines, *job.usual, *lines_of, why, *said, *advised),
-                    *job.world.lines(job.config.train_batch_size),
-                ],
-                job.folder,
-                job.run_id,
-                world=job.world,
-                average=_average(job.config, optimizer),
-            )
-        )
+    trained = [_trained(parts, *each) for each in zip(jobs, settings, adapters, starts, strict=True)]
+    runs: list[Run] = []  # which the engine's loss reads
+    engine, why = _engine(parts, trained, partial(_losses, runs))
+    shared = Shared(parts, engine, attention.name, TensorCache(cache), loaded, [why, *said])
+    runs.extend(_run(shared, each) for each in trained)
     return runs
+
+
+def _settings(job: Job, start: Start) -> NetworkSettings:
+    family = job.base.family
+    return settings_of(job.config, family.blocks, start, family.encoders)
+
+
+def _trained(
+    parts: Parts,
+    job: Job,
+    settings: NetworkSettings,
+    adapter: network.Adapter,
+    start: Start,
+) -> Trained:
+    """Let an adapter begin where its run does, and give all that the run trains to an optimizer."""
+    config, blocks = job.config, job.base.family.blocks
+    lines = begin(adapter, config, start)
+    groups = group_tensors(config, ((m.target, m.tensors) for m in adapter.modules), blocks)
+    words = Words(job.base, parts, job.train_set, config, job.precision)
+    if words.vectors:
+        groups.append(Group("embedding", config.embedding_lr * lr_scale(config), words.parameters()))
+    optimizer = build_optimizer(config, as_pairs(groups))
+    return Trained(job, settings, adapter, words, groups, optimizer, job.precision.scaler(), lines)
+
+
+def _run(shared: Shared, trained: Trained) -> Run:
+    """Return a run that has drawn nothing yet, with all that its log says of how it is computed."""
+    job, words = trained.job, trained.words
+    config, precision, kept_out = job.config, job.precision, job.train_set.validation
+    advised = advice(config, trained.groups, job.base.family.blocks)
+    common = (config, precision, shared.cache, trained.settings.text_encoder)
+    inputs = Inputs(job.base, shared.parts, job.train_set, *common, job.plan.total_steps)
+    validation = Inputs(job.base, shared.parts, kept_out, *common) if kept_out else None
+    own = [*job.usual, *trained.lines, *words.lines(config.output_name), *check_used(job.train_set, config)]
+    return Run(
+        job.base,
+        shared.parts,
+        job.train_set,
+        config,
+        job.plan,
+        precision,
+        inputs,
+        validation,
+        words,
+        trained.adapter,
+        trained.optimizer,
+        [group.label for group in trained.groups],
+        trained.scaler,
+        shared.engine,
+        shared.attention,
+        [*shared.first, *own, *shared.last, *advised, *job.world.lines(config.train_batch_size)],
+        job.folder,
+        job.run_id,
+        world=job.world,
+        average=_average(config, trained.optimizer),
+    )
 
 
 def _average(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Average | None:
@@ -154,6 +181,7 @@ def _load(jobs: Sequence[Job], settings: Sequence[NetworkSettings]) -> tuple[Par
         if precision.name == "bf16":
             pack_convolutions(parts.denoiser)
         use_matrix_products(parts.denoiser)  # what is left
+    keep_less(parts.denoiser)
     return parts, lines
 
 
@@ -198,32 +226,20 @@ def _check_networks(jobs: Sequence[Job]) -> None:
     )
 
 
-def _targets(base: Base, parts: Parts, config: TrainConfig, settings: NetworkSettings) -> list[Target]:
+def _targets(parts: Parts, job: Job, settings: NetworkSettings) -> list[Target]:
     """List the modules that a run may train: those of its settings, or with ranks from a file, all."""
+    family, config = job.base.family, job.config
     if settings.given is not None:
-        return base.family.targets(parts, convolutions=True, preset="everything")
+        return family.targets(parts, convolutions=True, preset="everything")
     conv = settings.conv_dim is not None or bool(settings.conv_blocks)
-    preset = preset_of(config)
-    return base.family.targets(parts, convolutions=conv, preset=preset, norms=config.train_norm)
+    return family.targets(parts, convolutions=conv, preset=preset_of(config), norms=config.train_norm)
 
 
-def _engine(
-    parts: Parts,
-    config: TrainConfig,
-    precision: Precision,
-    losses_of: Loss,
-    optimizers: Sequence[torch.optim.Optimizer],
-    scalers: Sequence[torch.amp.GradScaler],
-    adapters: Sequence[network.Adapter],
-    processes: int,
-    unfused: str,
-) -> tuple[Engine, str]:
-    """Return the engine that the settings and the machine allow, and a line on why it is this one.
-
-    ``unfused`` says why a network needs plain modules, if one does.
-    """
-    inside = config.fused_backward_pass
-    if inside and processes > 1:
+def _engine(parts: Parts, trained: Sequence[Trained], losses_of: Loss) -> tuple[Engine, str]:
+    """Return the engine that the settings and the machine allow, and a line on why it is this one."""
+    config, precision, processes = trained[0].job.config, trained[0].job.precision, trained[0].job.world.size
+    optimizers, scalers = [each.optimizer for each in trained], [each.scaler for each in trained]
+    if config.fused_backward_pass and processes > 1:
         raise LoraGraftError(
             "LG-CFG-004",
             "fused_backward_pass is on, but several processes train together.",
@@ -231,15 +247,24 @@ def _engine(
             why="their gradients must be added up before a step, and each would be used and gone.",
             fix="switch fused_backward_pass off, or train in one process",
         )
-    unfused = unfused or ("the optimizer steps within the backward pass" if inside else "")
-    name, why = choose(config.engine, precision, optimizers, processes, unfused)
+    name, why = choose(config.engine, precision, optimizers, processes, _unfused(trained))
     line = f"{name} steps ({why})"
     device, deterministic = precision.device, config.deterministic
     if name == "eager":
+        inside = config.fused_backward_pass
         return Eager(losses_of, optimizers, scalers, device, deterministic, inside), line
-    flat, banks = fuse(parts, adapters, precision.dtype)
+    flat, banks = fuse(parts, [each.adapter for each in trained], precision.dtype)
     fused = Fused(losses_of, optimizers, flat, banks, device, deterministic)
     return (Captured(fused) if name == "captured" else fused), line
+
+
+def _unfused(trained: Sequence[Trained]) -> str:
+    """Say why what is trained needs plain modules; "" where it does not."""
+    if reason := next((each.settings.unfused for each in trained if each.settings.unfused), ""):
+        return reason
+    if trained[0].words.vectors:
+        return "embeddings of words are trained"
+    return "the optimizer steps within the backward pass" if trained[0].job.config.fused_backward_pass else ""
 
 
 def _attention(parts: Parts, jobs: Sequence[Job], before: Mapping[str, Any]) -> tuple[Choice, list[str]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import LoraGraftError
 
+SUFFIX = ".safetensors"
 MAX_COMPONENT = 120
 MAX_PATH = 200
 NUMBERS = "0123456789\u00b9\u00b2\u00b3"  # Windows counts superscripts as digits here
@@ -22,16 +24,18 @@ def safe_name(name: str, *, what: str = "name") -> str:
     """Return ``name`` if it can be a file name on every system, else raise LG-PATH-001.
 
     Refused: empty, separators, control characters, reserved device names, a leading or trailing
-    space or dot, more than 120 bytes in UTF-8.
+    space or dot, a LoRA file's suffix, more than 120 bytes in UTF-8.
     """
     reason = _name_fault(name)
+    if name.casefold().endswith(SUFFIX):
+        reason = f"{SUFFIX} is put behind it anyway."
     if reason:
         raise LoraGraftError(
             "LG-PATH-001",
             f"The {what} {name[:60]!r} cannot be a file name.",
             where=what,
             why=reason,
-            fix="use letters, digits, '-', '_' and spaces, without folders",
+            fix="use letters, digits, '-', '_' and spaces, without folders and suffix",
         )
     return name
 
@@ -41,48 +45,53 @@ def resolve(root: Path, user_text: str, *, what: str, must_exist: bool = False) 
 
     Refused: absolute paths, drive letters, network paths, '~', variables, '..', links that leave ``root``.
     """
-    text = user_text
-    parts = [p for p in text.replace("\\", "/").split("/") if p not in ("", ".")]
-    reason = None
+    parts = [p for p in user_text.replace("\\", "/").split("/") if p not in ("", ".")]
+    reason = _text_fault(user_text, parts)
+    target = None if reason else _below(root, parts)
+    if target is None:
+        raise LoraGraftError(
+            "LG-PATH-002",
+            f"The {what} {user_text[:60]!r} is not allowed.",
+            where=what,
+            why=reason or "a link on the way leaves the allowed folder.",
+            fix=f"name a folder or file below {root}",
+        )
+    if must_exist and not target.exists():
+        raise LoraGraftError(
+            "LG-PATH-003",
+            f"The {what} {user_text[:80]!r} does not exist.",
+            where=f"below {root}",
+            why="there is no such file or folder.",
+            fix="check the spelling; quotes and spaces at the ends count",
+        )
+    return target
+
+
+def _text_fault(text: str, parts: Sequence[str]) -> str | None:
+    """Say what is wrong with the text of a path, or None; ``parts`` are the names in it."""
     if not text.strip():
-        reason = "it is empty."
-    elif len(text) > MAX_PATH:
-        reason = f"it is longer than {MAX_PATH} characters."
-    elif text.startswith(("/", "\\", "~")) or re.match(r"[A-Za-z]:", text):
-        reason = "it is absolute; only folders below the allowed one can be used."
-    elif "$" in text or "%" in text:
-        reason = "it holds a variable."
-    elif "\\" in text and os.name != "nt":
-        reason = "it holds a backslash."
-    elif ".." in parts:
-        reason = "it leaves the allowed folder."
-    else:
-        reason = next((fault for p in parts if (fault := _name_fault(p, leading_dot=True))), None)
-    if reason is None:
-        base = os.path.realpath(root)
-        target = os.path.realpath(os.path.join(base, *parts))  # noqa: PTH118 (realpath must see the raw join)
-        try:
-            inside = os.path.commonpath([base, target]) == base
-        except ValueError:  # different drives
-            inside = False
-        if inside:
-            if must_exist and not Path(target).exists():
-                raise LoraGraftError(
-                    "LG-PATH-003",
-                    f"The {what} {text[:80]!r} does not exist.",
-                    where=f"below {root}",
-                    why="there is no such file or folder.",
-                    fix="check the spelling; quotes and spaces at the ends count",
-                )
-            return Path(target)
-        reason = "a link on the way leaves the allowed folder."
-    raise LoraGraftError(
-        "LG-PATH-002",
-        f"The {what} {text[:60]!r} is not allowed.",
-        where=what,
-        why=reason,
-        fix=f"name a folder or file below {root}",
-    )
+        return "it is empty."
+    if len(text) > MAX_PATH:
+        return f"it is longer than {MAX_PATH} characters."
+    if text.startswith(("/", "\\", "~")) or re.match(r"[A-Za-z]:", text):
+        return "it is absolute; only folders below the allowed one can be used."
+    if "$" in text or "%" in text:
+        return "it holds a variable."
+    if "\\" in text and os.name != "nt":
+        return "it holds a backslash."
+    if ".." in parts:
+        return "it leaves the allowed folder."
+    return next((fault for p in parts if (fault := _name_fault(p, leading_dot=True))), None)
+
+
+def _below(root: Path, parts: Sequence[str]) -> Path | None:
+    """Return the real path of names below ``root``; None where a link leads out of it."""
+    base = os.path.realpath(root)
+    target = os.path.realpath(os.path.join(base, *parts))  # noqa: PTH118 (realpath must see the raw join)
+    try:
+        return Path(target) if os.path.commonpath([base, target]) == base else None
+    except ValueError:  # different drives
+        return None
 
 
 def _name_fault(name: str, *, leading_dot: bool = False) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from PIL import Image, ImageDraw, ImageFont
@@ -54,50 +55,74 @@ def grid(
     title: str = "",
 ) -> Image.Image:
     """Lay images out in labelled rows and columns; all cells take the size of the largest."""
-    row_labels, column_labels = [_shown(r) for r in row_labels], [_shown(c) for c in column_labels]
-    title = _shown(title)
+    at = _layout(cells, [_shown(r) for r in row_labels], [_shown(c) for c in column_labels], _shown(title))
+    sheet = Image.new("RGB", (at.x(len(at.columns)) + GAP, at.y(len(cells)) + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, text in enumerate(at.title):
+        draw.text((GAP, GAP + i * at.line), text, INK, at.font)
+    for c, lines in enumerate(at.columns):
+        for i, text in enumerate(lines):
+            middle = at.x(c) + at.column_width / 2
+            draw.text((middle, at.top + GAP + i * at.line), text, INK, at.font, anchor="ma")
+    for r, row in enumerate(cells):
+        offset = (at.row_height - at.line * len(at.rows[r])) / 2
+        for i, text in enumerate(at.rows[r]):
+            draw.text((GAP, at.y(r) + offset + i * at.line), text, INK, at.font)
+        for c, image in enumerate(row):
+            x0 = at.x(c) + (at.column_width - image.width) // 2
+            sheet.paste(image.convert("RGB"), (x0, at.y(r) + (at.row_height - image.height) // 2))
+    return sheet
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a grid's parts lie, in pixels: the title, the columns' labels below ``top``, then the rows."""
+
+    font: ImageFont.FreeTypeFont
+    line: int
+    title: list[str]
+    rows: list[list[str]]
+    columns: list[list[str]]
+    top: int
+    head: int
+    label_width: int
+    column_width: int
+    row_height: int
+
+    def x(self, column: int) -> int:
+        return self.label_width + column * (self.column_width + GAP)
+
+    def y(self, row: int) -> int:
+        return self.top + self.head + row * (self.row_height + GAP)
+
+
+def _layout(
+    cells: Sequence[Sequence[Image.Image]], rows: Sequence[str], columns: Sequence[str], title: str
+) -> _Layout:
+    """Measure a grid: labels widen columns and the margin up to a limit, and wrap behind it."""
     width = max(im.width for row in cells for im in row)
     height = max(im.height for row in cells for im in row)
-    font = font_for(max(11, min(22, height // 12)), [title, *row_labels, *column_labels])
-    column_width = max(
-        width, min(3 * width, max((round(font.getlength(c)) + 8 for c in column_labels), default=0))
-    )
-    label_width = (
-        min(max((round(font.getlength(r)) for r in row_labels), default=0), max(220, 2 * width)) + 2 * GAP
-    )
+    font = font_for(max(11, min(22, height // 12)), [title, *rows, *columns])
     line = round(font.size * 1.4)
-    wrapped_rows = [_wrap(label, font, label_width - 2 * GAP) for label in row_labels]
-    row_height = max([height, *(line * len(w) for w in wrapped_rows)])
-    wrapped_columns = [_wrap(label, font, column_width) for label in column_labels]
-    head = line * max((len(w) for w in wrapped_columns), default=1) + GAP
-    wrapped_title = (
-        _wrap(title, font, label_width + (column_width + GAP) * len(column_labels) - GAP) if title else []
+    column_width = max(width, min(3 * width, max((round(font.getlength(c)) + 8 for c in columns), default=0)))
+    longest = max((round(font.getlength(r)) for r in rows), default=0)
+    label_width = min(longest, max(220, 2 * width)) + 2 * GAP
+    in_rows = [_wrap(label, font, label_width - 2 * GAP) for label in rows]
+    in_columns = [_wrap(label, font, column_width) for label in columns]
+    whole = label_width + (column_width + GAP) * len(columns) - GAP
+    in_title = _wrap(title, font, whole) if title else []
+    return _Layout(
+        font,
+        line,
+        in_title,
+        in_rows,
+        in_columns,
+        top=line * len(in_title) + (GAP if title else 0),
+        head=line * max((len(w) for w in in_columns), default=1) + GAP,
+        label_width=label_width,
+        column_width=column_width,
+        row_height=max([height, *(line * len(w) for w in in_rows)]),
     )
-    top = line * len(wrapped_title) + (GAP if title else 0)
-    sheet = Image.new(
-        "RGB",
-        (
-            label_width + (column_width + GAP) * len(column_labels) + GAP,
-            top + head + (row_height + GAP) * len(cells) + GAP,
-        ),
-        PAPER,
-    )
-    draw = ImageDraw.Draw(sheet)
-    for i, text in enumerate(wrapped_title):
-        draw.text((GAP, GAP + i * line), text, INK, font)
-    for c, lines in enumerate(wrapped_columns):
-        x = label_width + c * (column_width + GAP) + column_width / 2
-        for i, text in enumerate(lines):
-            draw.text((x, top + GAP + i * line), text, INK, font, anchor="ma")
-    for r, row in enumerate(cells):
-        y = top + head + r * (row_height + GAP)
-        for i, text in enumerate(wrapped_rows[r]):
-            offset = (row_height - line * len(wrapped_rows[r])) / 2
-            draw.text((GAP, y + offset + i * line), text, INK, font)
-        for c, image in enumerate(row):
-            x0 = label_width + c * (column_width + GAP) + (column_width - image.width) // 2
-            sheet.paste(image.convert("RGB"), (x0, y + (row_height - image.height) // 2))
-    return sheet
 
 
 def chart(

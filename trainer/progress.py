@@ -179,7 +179,7 @@ class Pace:
 def event_line(event: Event) -> str:
     """Return what an event says in one line; "" for those that are shown otherwise."""
     if isinstance(event, Saved):
-        return f"saved step {event.step}: {event.zero_tensors} of {event.num_tensors} tensors are zero"
+        return saved_line(event)
     if isinstance(event, Sampled):
         return f"sample of step {event.step}: {event.path}"
     if isinstance(event, Validated):
@@ -189,6 +189,12 @@ def event_line(event: Event) -> str:
     if isinstance(event, Finished) and event.reused:
         return "this run was finished before; nothing was trained again"
     return ""
+
+
+def saved_line(event: Saved) -> str:
+    """Return "saved step 200: 522 tensors", and how many nothing has trained yet."""
+    untrained = f", {event.zero_tensors} still zero: no gradient has reached their layers"
+    return f"saved step {event.step}: {event.num_tensors} tensors{untrained if event.zero_tensors else ''}"
 
 
 def validation_line(event: Validated) -> str:

@@ -116,9 +116,11 @@ def train_together(
             stack.callback(lanes.clear)
             stack.callback(runs[0].engine.close)
             for row, number in enumerate(numbers):
-                run = runs[row]
+                # By their places: a name for one of them would hold the base until this function is gone.
                 lanes[row] = (
-                    lane(products[number], run, starts[number], len(runs)) if world.writes else assist(run)
+                    lane(products[number], runs[row], starts[number], len(runs))
+                    if world.writes
+                    else assist(runs[row])
                 )
                 stack.callback(lanes[row].close)
             with closing(_drive(lanes, runs[0].engine, several)) as events:

@@ -70,11 +70,6 @@ KOHYA: dict[str, tuple[str, str, str]] = {
     # contradictions
     "nothing to train": ("unet_lr = 0\ntext_encoder_lr = 0", "LG-CFG-004", "above 0"),
     "conv_alpha alone": ('network_args = ["conv_alpha=4"]', "LG-CFG-004", "conv_dim"),
-    "text encoder left out and given a rate": (
-        "network_train_unet_only = true\ntext_encoder_lr = 5e-5",
-        "LG-CFG-004",
-        "text_encoder_lr",
-    ),
     "both parts alone": (
         "network_train_unet_only = true\nnetwork_train_text_encoder_only = true",
         "LG-CFG-004",
@@ -190,7 +185,7 @@ LINES: dict[str, tuple[str, str, str]] = {
         "accelerate launch flux_train_network.py --learning_rate 1.6e-3 --network_dim 16 --network_alpha 1 "
         "--network_args 'conv_dim=16' 'block_lr_zero_threshold=0.1' 'down_lr_weight=sine-.5'",
         "LG-IMP-002",
-        "remove down_lr_weight",
+        "network_reg_lrs",
     ),
     "S0: the same line for SD 1.5": (
         "accelerate launch train_network.py --learning_rate 1.6e-3 --network_dim 16 --network_alpha 1 "
@@ -215,7 +210,11 @@ SCRIPTS: dict[str, tuple[str, str, str]] = {
     "restarts that nobody reads": ("lr_restart_cycles = 4", "LG-IMP-002", "lr_scheduler_num_cycles"),
     "lycoris_algo": ('lycoris_algo = "lokr"', "LG-IMP-002", "algo="),
     "network_args_custom": ('network_args_custom = ["a=1"]', "LG-IMP-002", "network_args"),
-    "enable_preview": ("enable_preview = true", "LG-IMP-002", "sample_prompts"),
+    "a preview by chance": (
+        "enable_preview = true\nrandomly_choice_prompt = true",
+        "LG-IMP-002",
+        "positive_prompts",
+    ),
     "another training type": ('model_train_type = "sdxl-finetune"', "LG-IMP-002", "LoRA"),
     "stop_text_encoder_training": ("stop_text_encoder_training = 100", "LG-IMP-002", "remove it"),
     "contrastive training": ("enable_contrastive = true", "LG-IMP-002", "remove"),

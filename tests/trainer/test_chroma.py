@@ -186,8 +186,9 @@ def test_texts_are_encoded_as_diffusers_pipeline_does(base: api.Base, parts: Par
 
 def test_a_long_prompt_is_read_to_its_end(parts: Parts) -> None:
     reading = Chroma().reading_for(parts, ["x" * 600], Reading())
-    assert reading.t5_length == 603
-    assert Chroma().reading_for(parts, ["x"], Reading()).t5_length == 512
+    assert reading.t5_length == 640  # 602 tokens and a place of padding, in steps of 64
+    assert Chroma().reading_for(parts, ["x"], Reading()).t5_length == 64
+    assert Chroma().reading_for(parts, ["x" * 2000], Reading()).t5_length == 1024
 
 
 def test_images_become_latents_as_diffusers_has_it(parts: Parts) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from loragraft.trainer import __main__ as cli
 from loragraft.trainer import api
 from loragraft.trainer.commands import train
-from loragraft.trainer.commands.settings import read_settings
+from loragraft.trainer.commands.settings import config_flags, read_settings
 from loragraft.trainer.events import Cached, Note, Planned, Saved, Step
 from loragraft.trainer.progress import ProgressLine, step_line
 from loragraft_tests.trainer import runs, tiny
@@ -60,7 +60,7 @@ def test_a_run_from_the_command_line_is_the_run_of_the_library(
     assert f"LoRA          {file}" in printed.out
     assert "Trigger words zibu" in printed.out
     assert f"Run folder    {tmp_path / 'out' / 'runs'}" in printed.out
-    assert "4 steps in 1 epochs" in printed.err and "saved step 4" in printed.err
+    assert "4 steps in 1 epoch" in printed.err and "saved step 4" in printed.err
     library = runs.Training(base, train_set, places).finish()
     assert file.read_bytes() == library.lora_file.read_bytes()
     assert cli.main(command) == 0
@@ -241,6 +241,7 @@ def test_a_config_file_that_cannot_be_read(
         (["--output_name", "a/b"], ("LG-PATH-001", "output_name")),
         (["--device", "toaster"], ("LG-RUN-006", "toaster")),
         (["--train_data_dir", "no such folder"], ("LG-DATA-001", "no such folder")),
+        (["--pretrained_model_name_or_path", "user/model-v1"], ("LG-BASE-001", "by a hub's name")),
         (["--pretrained_model_name_or_path", "model.ckpt"], ("LG-BASE-001", "model.ckpt")),
         (["--optimizer_args", "decouple=True"], ("LG-CFG-007", "decouple")),
     ],
@@ -321,6 +322,47 @@ def test_a_terminal_is_rewritten_and_a_log_is_not() -> None:
             line.show(Saved(2, Path("x"), Path("x"), 3, 1))
     assert terminal.getvalue().count("\r") == 3
     assert "\r" not in log.getvalue()
-    for text in ("planned", "encoding images 1/1", "2/2", "a note", "1 of 3 tensors are zero"):
+    for text in ("planned", "encoding images 1/1", "2/2", "a note", "3 tensors, 1 still zero"):
         assert text in terminal.getvalue() and text in log.getvalue()
     assert terminal.getvalue().endswith("\n") and log.getvalue().endswith("\n")
+
+
+# ---- flags and their help ----
+
+
+def test_help_names_the_real_default_of_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: None" not in text and "Default: ." not in text
+    assert [name for name in config_flags() if f"--{name} " not in text] == []
+    assert "Default: 512." in text and "Default: AdamW." in text
+
+
+def test_a_switch_needs_no_value(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--shuffle_caption", "--enable_bucket", "false", "--gradient_checkpointing", "--seed", "1"]
+    assert cli.main(["train", *given, "--print_settings"]) == 0
+    printed = capsys.readouterr().out.split("\n")
+    assert {"shuffle_caption = true", "enable_bucket = false", "gradient_checkpointing = true"} <= {*printed}
+
+
+@pytest.mark.parametrize(
+    ("given", "named", "suggested"),
+    [
+        (["--learing_rate", "1e-4"], "--learing_rate", "--learning_rate"),
+        (["--output-name=x"], "--output-name", "--output_name"),
+        (["--zzzz"], "--zzzz", "--help"),
+    ],
+)
+def test_a_misspelt_flag_is_refused_with_the_nearest(
+    given: list[str], named: str, suggested: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(["train", "--train_data_dir", "demo", *given], capsys, "LG-CLI-005", named, suggested)
+
+
+def test_a_lora_without_trigger_words_says_so(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.write_images(tmp_path / "plain", [(32, 32)])
+    assert cli.main([*command, "--train_data_dir", str(folder), "--max_train_steps", "1"]) == 0
+    assert "Trigger words none" in capsys.readouterr().out

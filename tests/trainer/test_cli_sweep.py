@@ -274,3 +274,11 @@ def test_lines_name_their_run_and_say_a_thing_once() -> None:
 
 def test_no_sweep_is_no_sweep(command: list[str]) -> None:
     assert sweep.read(cli.parser().parse_args(command)) == ()
+
+
+def test_several_lines_may_stand_behind_one_flag() -> None:
+    parsed = cli.parser().parse_args(["train", "--sweep", "seed: 1, 2", "network_dim: 2, 4", "--fresh"])
+    again = cli.parser().parse_args(["train", "--sweep", "seed: 1, 2", "--sweep", "network_dim: 2, 4"])
+    parsed.config = again.config = None
+    assert len(sweep.read(parsed)) == 2 and sweep.read(parsed) == sweep.read(again)
+    assert parsed.overrides == []

@@ -274,7 +274,7 @@ def test_regularisation_is_repeated_or_cut_as_in_the_reference(seed: int) -> Non
     import random
 
     from loragraft.trainer.data.balance import repeat_regularisation
-    from loragraft_tests.trainer.test_data_train_set import records
+    from loragraft_tests.trainer.made_records import records
 
     rng = random.Random(seed)
     own = [rng.randint(1, 4) for _ in range(rng.randint(1, 9))]

@@ -23,7 +23,7 @@ from loragraft.trainer.data.scan import scan_folder
 from loragraft.trainer.data.train_set import TrainSet, build_train_set
 from loragraft_tests.fuzz import cases
 from loragraft_tests.trainer.data_folders import fill
-from loragraft_tests.trainer.test_data_train_set import records
+from loragraft_tests.trainer.made_records import records
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "dataset-report.md"
 

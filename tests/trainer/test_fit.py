@@ -472,3 +472,13 @@ def test_weights_that_a_host_shares_are_not_swapped(
     with closing(training.start(max_train_steps=1)) as events:
         next(events)
         assert seen[-1][1].plan.num_swappable == UNET_BLOCKS
+
+
+# ---- what is said of swapping ----
+
+
+def test_swapping_on_a_cpu_is_said_to_gain_nothing(training: runs.Training, seen: Any) -> None:
+    events = training.events(max_train_steps=1, blocks_to_swap=99, memory="off")
+    said = [line for line in runs.only(events, api.Planned).lines if line.startswith("blocks_to_swap 99")]
+    assert len(said) == 2, "neither is lost where the memory is predicted"
+    assert said[0].endswith(f"the denoiser has {UNET_BLOCKS} blocks") and "nothing to gain on cpu" in said[1]

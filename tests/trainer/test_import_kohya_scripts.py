@@ -416,3 +416,14 @@ def test_what_was_filled_in_gives_way_to_what_is_said_elsewhere() -> None:
     assert made <= read_kohya(f"{FLUX} --ae a --resolution 512").filled
     given = "--timestep_sampling shift --model_prediction_type raw --text_encoder_lr 1e-4"
     assert not made & read_kohya(f"{FLUX} {given} --resolution 512").filled
+
+
+def test_block_weights_of_another_base_are_not_sent_to_its_module() -> None:
+    arguments = '["down_lr_weight=sine", "mid_lr_weight=2", "up_lr_weight=cosine"]'
+    with pytest.raises(LoraGraftError) as caught:
+        read_kohya(f'network_module = "networks.lora_flux"\nnetwork_args = {arguments}')
+    assert caught.value.code == "LG-IMP-002"
+    assert caught.value.fix == "remove it (network_reg_lrs gives rates of blocks by pattern)"
+    with pytest.raises(LoraGraftError) as caught:
+        read_kohya('network_module = "networks.lora_sd3"\nnetwork_args = ["down_lr_weight=sine"]')
+    assert caught.value.fix == "remove it"

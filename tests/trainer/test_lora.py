@@ -290,6 +290,12 @@ def test_reading_what_is_no_lora(tmp_path: Path) -> None:
                 read(file)
 
 
+def test_a_folder_is_named_as_one(tmp_path: Path) -> None:
+    for read in (read_tensors, read_metadata):
+        with Refusal("LG-SAVE-004", "it is a folder."):
+            read(tmp_path)
+
+
 def test_the_denoisers_part_can_be_read_alone(tmp_path: Path) -> None:
     names = ("lora_unet_a.alpha", "lora_te_a.alpha", "lora_unet_b.lora_up.weight")
     write_safetensors(tmp_path / "x.safetensors", {n: torch.ones(1) for n in names}, {"a": "b"})

@@ -8,13 +8,15 @@ import shutil
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from loragraft.trainer import api
+from loragraft.trainer import api, metadata
 from loragraft.trainer.adapters.files import tensor_hash
+from loragraft.trainer.families import FAMILIES
 from loragraft_tests.trainer import runs, tiny
 
 WORKFLOW = json.dumps({"nodes": [{"id": 1, "type": "LoraGraftTrainLoRA"}], "extra": {"\u540d": "\U0001f600"}})
@@ -96,6 +98,49 @@ def test_kohyas_and_modelspecs_keys_are_there_and_true(finished: api.Finished) -
     buckets = json.loads(found["ss_bucket_info"])["buckets"].values()
     assert sorted((*b["resolution"], b["count"]) for b in buckets) == [(24, 40, 2), (32, 32, 4), (40, 24, 2)]
     assert all(isinstance(v, str) for v in found.values())
+
+
+# Family -> the module of plain LoRAs that the documents of sd-scripts, else of musubi-tuner, name for it.
+LORA_MODULES = {
+    **dict.fromkeys(("sd15", "sd2", "sdxl"), "networks.lora"),
+    **dict.fromkeys(("sd3", "sd35_large", "sd35_medium"), "networks.lora_sd3"),
+    **dict.fromkeys(("flux", "flux_schnell", "chroma"), "networks.lora_flux"),
+    "lumina2": "networks.lora_lumina",
+    "flux2": "networks.lora_flux_2",
+    "qwen_image": "networks.lora_qwen_image",
+    "z_image": "networks.lora_zimage",
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_network_module_is_kohyas_for_base_and_algorithm(name: str, train_set: api.TrainSet) -> None:
+    def module(**changes: Any) -> str:
+        base: Any = SimpleNamespace(family=FAMILIES[name], weights_hash="0")
+        counts = {"step": 1, "epoch": 1, "total_steps": 1, "num_epochs": 1, "batches_per_epoch": 1}
+        config = runs.settings(**changes)
+        told = metadata.build(base, train_set, config, run="0", precision="fp32", optimizer="", **counts)
+        assert told["ss_v2"] == str(name == "sd2")
+        return told["ss_network_module"]
+
+    assert module() == LORA_MODULES[name]
+    assert module(algo="locon", conv_dim=2) == LORA_MODULES[name]
+    assert module(dora_wd=True) == module(algo="loha") == module(preset="everything") == "lycoris.kohya"
+    assert module(algo="dylora") == "networks.dylora"
+
+
+@pytest.mark.parametrize(
+    ("told", "module"),
+    [
+        ({}, "networks.lora"),
+        ({"ss_base_model_version": "sd_v1", "ss_network_module": "lycoris.kohya"}, "networks.lora"),
+        ({"ss_base_model_version": "flux1", "ss_network_module": "lycoris.kohya"}, "networks.lora_flux"),
+        ({"ss_base_model_version": "flux1", "ss_network_module": "networks.lora"}, "networks.lora_flux"),
+        ({"ss_network_module": "networks.lora_anima"}, "networks.lora_anima"),
+        ({"ss_network_module": "tool of others"}, "networks.lora"),
+    ],
+)
+def test_a_plain_lora_made_of_another_has_its_bases_module(told: dict[str, str], module: str) -> None:
+    assert metadata.lora_module(told) == module
 
 
 def test_the_settings_and_the_workflow_can_be_taken_from_the_file(finished: api.Finished) -> None:
@@ -225,3 +270,13 @@ def test_the_preview_is_what_the_lora_draws(
     assert picture.size == (32, 32)
     shown = (finished.run_folder / "samples" / "preview.png").read_bytes()
     assert (places.loras / "x.preview.png").read_bytes() == shown
+
+
+def test_class_words_that_no_caption_holds_are_no_trigger_words(tmp_path: Path) -> None:
+    folder = tiny.write_images(tmp_path / "4_Zi bu", [(32, 32)])
+    (folder / "image0.txt").write_text("a red circle", encoding="utf-8")
+    assert metadata.trigger_words(runs.train_set(tmp_path), runs.settings()) == ""
+    led = runs.train_set(tmp_path, caption_prefix="zi bu, ")
+    assert metadata.trigger_words(led, runs.settings()) == "Zi bu"
+    (folder / "image0.txt").unlink()
+    assert metadata.trigger_words(runs.train_set(tmp_path), runs.settings()) == "Zi bu"

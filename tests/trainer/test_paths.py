@@ -129,7 +129,9 @@ ODD = {"~", "${HOME}", "a%2e%2e/x"}
 
 
 @pytest.mark.parametrize(
-    "name", [*[h for h in HOSTILE if h not in ODD], ".hidden", "a/b", "a\\b"], ids=lambda n: ascii(n)[:30]
+    "name",
+    [*[h for h in HOSTILE if h not in ODD], ".hidden", "a/b", "a\\b", "a.safetensors", "a.SafeTensors"],
+    ids=lambda n: ascii(n)[:30],
 )
 def test_a_name_is_refused_where_some_system_could_not_hold_it(name: str) -> None:
     with Refusal("LG-PATH-001", "output_name"):

@@ -363,6 +363,20 @@ def test_free_memory_of_a_gpu_counts_what_the_allocator_keeps(monkeypatch: pytes
     assert predictor.free_bytes(torch.device("cuda")) == 130
 
 
+def test_mapped_weights_are_not_counted_as_free_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictor, "free_bytes", lambda device: None if device.type == "mps" else 1000)
+    monkeypatch.setattr(predictor, "_own_bytes", lambda: 30)
+    assert predictor.room_bytes(models.CPU, 20) == 1020
+    assert predictor.room_bytes(models.CPU, 500) == 1030, "470 of them lie in a file"
+    assert predictor.room_bytes(torch.device("cuda"), 500) == 1500
+    assert predictor.room_bytes(torch.device("mps"), 500) is None
+
+
+def test_the_own_memory_is_known_where_the_system_tells() -> None:
+    own = predictor._own_bytes()
+    assert own == 0 or 2**20 < own < 2**40
+
+
 def test_a_cpu_makes_no_dry_run(model: models.Model) -> None:
     def never(tensors: Any) -> torch.Tensor:
         raise AssertionError("it ran")

@@ -294,8 +294,8 @@ def test_long_captions_are_cut_and_readings_grow_with_them(parts: Parts) -> None
     caption = "x" * 70
     ids, mask = FAMILY.tokenize(parts, [caption], READING)
     assert mask.sum() == 64 and ids.shape[1] == 64 + CHAT.hides(parts.tokenizer)
-    assert FAMILY.reading_for(parts, ["a", caption], READING).t5_length == 96
-    assert FAMILY.reading_for(parts, ["a"], Reading()).t5_length == 32
+    assert FAMILY.reading_for(parts, ["a", caption], READING).t5_length == 128
+    assert FAMILY.reading_for(parts, ["a"], Reading()).t5_length == 64
     assert FAMILY.reading_for(parts, ["x" * 5000], Reading()).t5_length == 1024
     assert FAMILY.cond_shapes(parts, Reading())[1] == (512,)
 

@@ -1,43 +1,27 @@
-"""Bases in several files: what each is, its content tells; denoiser, VAE and text encoders make one."""
+"""Bases in several files: denoiser, VAE and text encoders make one; what makes none is said."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import random
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from loragraft.trainer import __main__ as cli
 from loragraft.trainer import api
-from loragraft.trainer.errors import LoraGraftError
-from loragraft.trainer.families import FAMILIES
 from loragraft.trainer.families.names import ldm_keys
 from loragraft.trainer.families.names.pieces import Pieced
-from loragraft.trainer.families.sources.sources import Source, bring_together, parts_of
-from loragraft.trainer.families.sources.text_files import GEMMA_NAMES, LLM_NAMES, T5_NAMES, read_text_file
+from loragraft.trainer.families.sources.sources import Source, bring_together
 from loragraft.trainer.families.text.openclip import to_hf
-from loragraft_tests.fuzz import cases
-from loragraft_tests.trainer import (
-    quantised_files,
-    runs,
-    tiny,
-    tiny_dits,
-    tiny_qwen,
-    tiny_sd2,
-    tiny_sd3,
-    tiny_sdxl,
-    tiny_t5,
-)
+from loragraft_tests.trainer import quantised_files, runs, tiny, tiny_t5
 from loragraft_tests.trainer.data_folders import Refusal
+from loragraft_tests.trainer.model_files import LORA, VAES, Tensors, below, tokenizers_of, write
 from loragraft_tests.trainer.tiny_families import TOKENIZERS, WEIGHTS
 
-Tensors = Mapping[str, torch.Tensor]
 # Text encoders of sizes that no released model has say what they are, as ComfyUI's saved ones do.
 CLIPS = {"text_encoder": "clip_l.transformer.", "text_encoder_2": "clip_g.transformer."}
 NAMED: Mapping[str, Mapping[str, str]] = {
@@ -47,143 +31,6 @@ NAMED: Mapping[str, Mapping[str, str]] = {
     "sd35_large": CLIPS,
     "sd35_medium": CLIPS,
 }
-VAES = ("first_stage_model.", "vae.")
-LORA = {
-    "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.zeros(4, 32),
-    "lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight": torch.zeros(32, 4),
-}
-
-
-def write(path: Path, weights: Tensors) -> Path:
-    save_file({k: weights[k].detach().contiguous().clone() for k in weights}, path)
-    return path
-
-
-def below(weights: Tensors, *prefixes: str) -> dict[str, torch.Tensor]:
-    """Return the weights below prefixes, without them."""
-    return {k.removeprefix(p): weights[k] for p in prefixes for k in weights if k.startswith(p)}
-
-
-def tokenizers_of(family: str, folder: Path) -> list[Path]:
-    return [TOKENIZERS[kind](folder / kind) for kind in sorted(set(FAMILIES[family].encoders.values()))]
-
-
-# ---- what a file is ----
-
-
-def shapes(names: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    return {name: torch.empty(shape, device="meta") for name, shape in names.items()}
-
-
-def clip(width: int, layers: int, prefix: str = "text_model.") -> dict[str, torch.Tensor]:
-    return shapes(
-        {
-            f"{prefix}embeddings.token_embedding.weight": (49408, width),
-            f"{prefix}embeddings.position_ids": (1, 77),
-            **{f"{prefix}encoder.layers.{i}.mlp.fc1.weight": (4 * width, width) for i in range(layers)},
-        }
-    )
-
-
-def openclip(width: int, layers: int, prefix: str = "") -> dict[str, torch.Tensor]:
-    blocks = {f"{prefix}transformer.resblocks.{i}.ln_1.weight": (width,) for i in range(layers)}
-    joined = {
-        f"{prefix}transformer.resblocks.{i}.attn.in_proj_weight": (3 * width, width) for i in range(layers)
-    }
-    table = {f"{prefix}token_embedding.weight": (49408, width), f"{prefix}text_projection": (width, width)}
-    return shapes({**blocks, **joined, **table})
-
-
-def t5(width: int, words: int = 32128) -> dict[str, torch.Tensor]:
-    attention = "encoder.block.0.layer.0.SelfAttention.q.weight"
-    return shapes({"shared.weight": (words, width), attention: (width, width), "decoder.block.0.x": (1,)})
-
-
-def llm(width: int, *more: str, prefix: str = "model.") -> dict[str, torch.Tensor]:
-    layer = f"{prefix}layers.0."
-    names = ["self_attn.q_proj.weight", "post_attention_layernorm.weight", *more]
-    return shapes(
-        {f"{prefix}embed_tokens.weight": (1000, width), **{layer + name: (width, width) for name in names}}
-    )
-
-
-Q_NORM, BIAS, GEMMA = "self_attn.q_norm.weight", "self_attn.k_proj.bias", "post_feedforward_layernorm.weight"
-TEXTS = {
-    "CLIP-L": (clip(768, 12), "clip_l"),
-    "CLIP-L without its model's name": (clip(768, 12, ""), "clip_l"),
-    "CLIP-H": (clip(1024, 24), "clip_h"),
-    "CLIP-H cut": (clip(1024, 23), "clip_h"),
-    "CLIP-G": (clip(1280, 32), "clip_g"),
-    "OpenCLIP's G": (openclip(1280, 32), "clip_g"),
-    "OpenCLIP's H, as SD2 has it": (openclip(1024, 24, "cond_stage_model.model."), "clip_h"),
-    "another width of 32 layers": (clip(64, 32), "clip_g"),
-    "another width of 2 layers": (clip(64, 2), "clip_l"),
-    "T5 XXL": (t5(4096), "t5xxl"),
-    "T5 of any width": (t5(64), "t5xxl"),
-    "T5 XL": (t5(2048), "t5xl"),
-    "UMT5": (t5(4096, 256384), "umt5xxl"),
-    "Qwen2.5-VL 7B": (llm(3584, BIAS), "qwen25_7b"),
-    "the same as transformers names it": (llm(3584, BIAS, prefix="model.language_model."), "qwen25_7b"),
-    "Qwen2.5-VL 3B": (llm(2048, BIAS), "qwen25_3b"),
-    "Qwen3 4B": (llm(2560, Q_NORM), "qwen3_4b"),
-    "Qwen3 8B": (llm(4096, Q_NORM), "qwen3_8b"),
-    "Qwen3 0.6B": (llm(1024, Q_NORM, prefix=""), "qwen3_06b"),
-    "Gemma 2 2B": (llm(2304, GEMMA), "gemma2_2b"),
-    "Gemma 3 4B": (llm(2560, GEMMA, Q_NORM), "gemma3_4b"),
-    "Mistral": (llm(5120), "mistral3_24b"),
-    "Llama": (llm(4096), "llama"),
-}
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_text_encoders_are_told_by_names_and_shapes(name: str) -> None:
-    weights, kind = TEXTS[name]
-    found = read_text_file(weights)
-    assert found is not None and found.kind == kind
-    start = "text_model." if kind.startswith("clip") else "shared." if "t5" in kind else "model."
-    assert any(k.startswith(start) for k in found.weights)
-    assert not any(k.endswith("position_ids") or k.startswith("decoder.") for k in found.weights)
-    parts = parts_of(Source("x", weights))
-    assert set(parts) == {kind}
-
-
-def test_nothing_else_is_a_text_encoder(weights: dict[str, torch.Tensor]) -> None:
-    for other in (below(weights, "model.diffusion_model."), below(weights, *VAES), LORA, {}):
-        assert read_text_file(other) is None
-
-
-LLAMA_CPP = {
-    "t5xxl": (T5_NAMES, "encoder.block.", "enc.blk."),
-    "qwen3_4b": (LLM_NAMES, "model.layers.", "blk."),
-    "gemma2_2b": (GEMMA_NAMES, "model.layers.", "blk."),
-}
-
-
-@pytest.mark.parametrize("kind", LLAMA_CPP)
-def test_llama_cpps_names_are_brought_back(kind: str) -> None:
-    module = {
-        "t5xxl": tiny_t5.random_t5,
-        "qwen3_4b": lambda: tiny_qwen.random_qwen3(),
-        "gemma2_2b": tiny_dits.random_gemma,
-    }[kind]()
-    table, ours, theirs = LLAMA_CPP[kind]
-    plain = read_text_file({k: v.detach() for k, v in module.state_dict().items()})
-    assert plain is not None and plain.kind == kind
-    named = {}
-    for name in plain.weights:
-        end = name.rpartition(".")[2]
-        inside = name.removeprefix(ours) if name.startswith(ours) else ""
-        number, _, layer = inside.rpartition(f".{end}")[0].partition(".")
-        old = next(k for k, v in table.items() if v == (layer or name.removesuffix(f".{end}")))
-        value = plain.weights[name] + (1 if kind == "gemma2_2b" and name.endswith("norm.weight") else 0)
-        named[f"{theirs}{number}.{old}.{end}" if inside else f"{old}.{end}"] = value
-    assert "token_embd.weight" in named
-    found = read_text_file(
-        {**named, "output.weight": torch.zeros(1), "dec.blk.0.attn_q.weight": torch.zeros(1)}
-    )
-    assert found is not None and found.kind == kind and set(found.weights) == set(plain.weights)
-    for name in plain.weights:
-        torch.testing.assert_close(found.weights[name], plain.weights[name], rtol=0, atol=1e-6)
 
 
 # ---- one base of several files ----
@@ -295,14 +142,6 @@ def test_flags_of_a_checkpoint_are_kept(checkpoint: Path) -> None:
     assert "v_pred" in weights and "ztsnr" in weights and set(source.weights) == set(weights)
 
 
-def test_bytes_of_a_tokenizer_in_a_text_encoder_are_kept() -> None:
-    text = {**llm(2304, GEMMA), "spiece_model": torch.zeros(9, dtype=torch.uint8)}
-    unet = shapes({"noise_refiner.0.attention.qkv.weight": (3, 1)})
-    weights = bring_together(Source("d", unet), texts=[Source("t", text)]).weights()
-    assert weights["text_encoders.spiece_model"].shape == (9,)
-    assert "text_encoders.gemma2_2b.transformer.model.embed_tokens.weight" in weights
-
-
 # ---- refusals ----
 
 
@@ -351,118 +190,6 @@ def test_tokenizers_that_are_not_needed(checkpoint: Path, tokenizer: Path, tmp_p
         api.open_base(checkpoint, tokenizer=[tokenizer, TOKENIZERS["clip"](tmp_path / "more")])
     with Refusal("LG-BASE-007", "t5"):
         api.open_base(checkpoint, tokenizer=[tokenizer, TOKENIZERS["t5"](tmp_path / "t5")])
-
-
-def test_names_of_parts_with_any_shapes_end_in_an_error_or_in_a_base(tmp_path: Path) -> None:
-    pool = [name for family in ("sd15", "sd3", "flux") for name in WEIGHTS[family](tmp_path)]
-    pool += [name.partition(".")[2] for name in pool] + [k for texts, _ in TEXTS.values() for k in texts]
-    pool += ["token_embd.weight", "enc.blk.0.attn_q.weight", "clip_l.transformer.text_model.x"]
-    generator = random.Random(0)
-    telling = [k for k in pool if k.endswith(tuple(SIGNS))]
-    for _ in range(cases(3000)):
-        names = generator.sample(telling, 4) + generator.sample(pool, generator.choice((0, 3, 200)))
-        dimensions = [generator.choices((0, 1, 3, 64, 1280), k=generator.randrange(5)) for _ in names]
-        weights = {n: torch.empty(d, device="meta") for n, d in zip(names, dimensions, strict=True)}
-        with contextlib.suppress(LoraGraftError):
-            parts_of(Source("x", weights))
-        with contextlib.suppress(LoraGraftError):
-            api.open_base_from_weights(weights, name="x", tokenizers=dict.fromkeys(TOKENIZERS, "x"))
-
-
-SIGNS = (
-    *("input_blocks.0.0.weight", "attn2.to_k.weight", "proj_in.weight", "label_emb.0.0.weight"),
-    *("token_embedding.weight", "in_proj_weight", "shared.weight", "SelfAttention.q.weight", "fc1.weight"),
-    *("context_block.attn.qkv.weight", "img_attn.qkv.weight", "img_in.weight", "x_embedder.proj.weight"),
-    *("pos_embed", "attention.qkv.weight", "img_mod.1.weight", "decoder.conv_in.weight", "k_proj.bias"),
-    *("block_1.conv1.weight", "q_proj.weight", "q_norm.weight", "cap_embedder.1.weight", "conv_in.weight"),
-)
-
-
-# ---- diffusers folders ----
-
-FOLDERS = {
-    "sd2": tiny_sd2.write_folder,
-    "sdxl": tiny_sdxl.write_folder,
-    "sd3": lambda folder: tiny_sd3.write_folder(folder, "sd3"),
-    "sd35_medium": lambda folder: tiny_sd3.write_folder(folder, "sd35_medium"),
-}
-
-
-@pytest.mark.parametrize("family", FOLDERS)
-def test_a_folder_is_told_by_its_weights(family: str, tmp_path: Path) -> None:
-    folder = FOLDERS[family](tmp_path / "folder")
-    base = api.open_base(folder)
-    assert base.family.name == family and base.name == "folder"
-    assert set(base.state_dicts) == set(base.family.folders)
-    base.load()
-    if family.startswith("sd3"):  # which may lack its largest text encoder
-        (folder / "text_encoder_3").rename(tmp_path / "elsewhere")
-        assert "text_encoder_3" not in api.open_base(folder).state_dicts
-    (folder / "vae").rename(tmp_path / "vae")
-    with Refusal("LG-BASE-001", "vae"):
-        api.open_base(folder)
-
-
-def test_a_folder_takes_no_further_files(tmp_path: Path, checkpoint: Path) -> None:
-    folder = tiny_sdxl.write_folder(tmp_path / "folder")
-    with Refusal("LG-BASE-012", "folder"):
-        api.open_base(folder, vae=checkpoint)
-
-
-def test_a_folder_of_another_model(tmp_path: Path) -> None:
-    folder = tiny_sdxl.write_folder(tmp_path / "folder")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
-    write(folder / "unet" / "diffusion_pytorch_model.safetensors", {"a": torch.zeros(1)})
-    with Refusal("LG-BASE-002", "OtherPipeline", "sdxl"):
-        api.open_base(folder)
-    for text in ("{", "[]", "[" * 10**5, '{"_class_name": {"a": 1}}'):
-        (folder / "model_index.json").write_text(text)
-        with Refusal("LG-BASE-002"):
-            api.open_base(folder)
-
-
-def test_a_scheduler_tells_what_is_predicted(tmp_path: Path) -> None:
-    folder = tiny_sdxl.write_folder(tmp_path / "folder")
-    plain = api.open_base(folder)
-    assert not plain.velocity and not plain.zero_terminal
-    (folder / "scheduler").mkdir()
-    told = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(told))
-    base = api.open_base(folder)
-    assert base.velocity is True and base.zero_terminal is True
-    assert base.weights_hash == plain.weights_hash
-
-
-def test_shards_by_their_index(tmp_path: Path) -> None:
-    folder = tiny_sdxl.write_folder(tmp_path / "folder")
-    plain = api.open_base(folder).weights_hash
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    whole = load_file(file)
-    file.unlink()
-    names = sorted(whole)
-    placed = {}
-    for i, part in enumerate((names[::2], names[1::2]), 1):
-        shard = f"diffusion_pytorch_model-{i:05d}-of-00002.safetensors"
-        write(file.with_name(shard), {k: whole[k] for k in part})
-        placed |= dict.fromkeys(part, shard)
-    write(file.with_name("other-00001-of-00001.safetensors"), {k: torch.zeros_like(whole[k]) for k in names})
-    index = file.with_name("diffusion_pytorch_model.safetensors.index.json")
-    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": placed}))
-    assert api.open_base(folder).weights_hash == plain
-    outside = {names[0]: "../vae/diffusion_pytorch_model.safetensors"}
-    for bad in (
-        "{",
-        "{}",
-        '{"weight_map": 5}',
-        '{"weight_map": {"a": 5}}',
-        json.dumps({"weight_map": outside}),
-    ):
-        index.write_text(bad)
-        with Refusal("LG-BASE-001", "unet"):
-            api.open_base(folder)
-    index.write_text(json.dumps({"weight_map": {names[0]: "gone.safetensors"}}))
-    with Refusal("LG-BASE-001", "gone.safetensors"):
-        api.open_base(folder)
 
 
 # ---- the command line ----

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from loragraft.trainer import api
 from loragraft.trainer.__main__ import main
-from loragraft_tests.trainer.test_tools_lora import tiny_lora
+from loragraft_tests.trainer.lora_files import tiny_lora
 
 
 @pytest.fixture

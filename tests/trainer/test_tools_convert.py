@@ -19,7 +19,7 @@ from loragraft.trainer.tools.convert import convert_naming, naming_of, to_common
 from loragraft.trainer.tools.unflatten import WORDS, flatten, unflatten
 from loragraft_tests.trainer import tiny
 from loragraft_tests.trainer.data_folders import Refusal
-from loragraft_tests.trainer.test_tools_lora import change, error, tiny_lora
+from loragraft_tests.trainer.lora_files import change, error, tiny_lora
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 SETS: dict[str, dict[str, list[list[int]]]] = json.loads((GOLDEN / "lora_modules.json").read_text("utf-8"))

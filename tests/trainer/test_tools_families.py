@@ -163,6 +163,8 @@ def test_the_difference_of_two_checkpoints_is_the_lora_between_them(
         )
     for key in ("ss_base_model_version", "modelspec.architecture"):
         assert found.metadata[key] == tiny_base.family.metadata[key]
+    module = tiny_base.family.metadata.get("ss_network_module", "networks.lora")
+    assert found.metadata["ss_network_module"] == module
 
 
 def drawn(base: api.Base, **more: Any) -> list[api.Drawing]:

@@ -22,7 +22,7 @@ from loragraft.trainer.tools import sample as tool
 from loragraft.trainer.tools import samplers, sigmas, wildcards
 from loragraft_tests.trainer import tiny
 from loragraft_tests.trainer.data_folders import Refusal
-from loragraft_tests.trainer.test_tools_lora import tiny_lora
+from loragraft_tests.trainer.lora_files import tiny_lora
 
 TABLE = NoiseSchedule().sigmas
 SMALL = api.SampleSettings(size=(32, 32), steps=4, cfg=4.0, sampler="euler", schedule="normal")

@@ -133,12 +133,15 @@ ARGUMENTS = (
 )
 
 
-def network_module(config: TrainConfig) -> str:
-    """Return the name of the module with which kohya's trainer makes such a network."""
+def network_module(config: TrainConfig, lora: str = "networks.lora") -> str:
+    """Return the name of the module with which kohya's trainer makes such a network.
+
+    ``lora`` is its module of plain LoRAs, which it has several of: one for each kind of base model.
+    """
     if config.algo == "dylora":
         return "networks.dylora"
     own = config.algo in ("lora", "locon") and not (config.dora_wd or config.use_tucker or config.train_norm)
-    return "networks.lora" if own and not config.preset else "lycoris.kohya"
+    return lora if own and not config.preset else "lycoris.kohya"
 
 
 def network_args(config: TrainConfig) -> dict[str, object]:

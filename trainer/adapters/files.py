@@ -84,6 +84,6 @@ def _unreadable(path: Path, error: Exception) -> LoraGraftError:
         "LG-SAVE-004",
         f"'{path.name}' cannot be read as a LoRA.",
         where=str(path),
-        why=str(error)[:200],
+        why="it is a folder." if path.is_dir() else str(error)[:200],
         fix="choose a complete .safetensors file; a file cut short must be copied or trained again",
     )

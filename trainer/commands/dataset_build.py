@@ -18,6 +18,7 @@ from ..data.tagger_models import read_labels
 from ..data.toml_text import save_settings
 from ..data.working_copy import Encoding
 from ..errors import LoraGraftError
+from .help_text import Help
 from .settings import add_config_flags, config_flags, read_settings
 from .source import Counter, add_source, open_dataset
 
@@ -206,9 +207,7 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
 
 
 def _step(steps: Any, name: str, text: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = steps.add_parser(
-        name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    command: argparse.ArgumentParser = steps.add_parser(name, help=text, formatter_class=Help)
     return command
 
 

@@ -15,6 +15,7 @@ from ..data import tagger
 from ..data.tagger_session import DEVICES
 from ..errors import LoraGraftError
 from ..safefile import write_text
+from .help_text import Help
 from .source import Counter, add_source, open_dataset
 
 TAGGERS_DIR = "output/taggers"
@@ -44,7 +45,7 @@ def add_tag(steps: Any) -> None:
     command = steps.add_parser(
         "tag",
         help="caption images with a WD tagger",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     command.set_defaults(run=tag)
     command.add_argument("source", help="image folder, dataset file (.json), or 'demo'")
@@ -191,7 +192,7 @@ def add_tags(steps: Any) -> None:
     command = steps.add_parser(
         "tags",
         help="count the tags of all captions",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     command.set_defaults(run=tags)
     command.add_argument("source", help="image folder, dataset file (.json), or 'demo'")

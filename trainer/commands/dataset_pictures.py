@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import api
 from ..errors import LoraGraftError
+from .help_text import default_text
 from .source import Counter, add_source, open_dataset
 
 
@@ -133,7 +134,7 @@ def _add_options(command: argparse.ArgumentParser, settings: type) -> None:
         info = item.metadata["info"]
         common: dict[str, Any] = {
             "default": None,
-            "help": f"{info.help} Default: {item.default}.".replace("%", "%%"),
+            "help": f"{info.help}{default_text(item.default)}".replace("%", "%%"),
         }
         if isinstance(item.default, bool):
             group.add_argument(f"--{item.name}", action=argparse.BooleanOptionalAction, **common)

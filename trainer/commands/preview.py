@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import api
+from .help_text import Help
 from .settings import add_base_flags, open_base
 
 
@@ -17,7 +18,7 @@ def add(commands: Any) -> None:
     command = commands.add_parser(
         "preview",
         help="draw prompts with a LoRA at several strengths",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     command.set_defaults(run=preview)
     add_base_flags(command, required=True)

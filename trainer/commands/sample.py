@@ -11,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .. import api
 from ..errors import LoraGraftError
+from .help_text import Help
 from .settings import add_base_flags, open_base
 
 
@@ -19,7 +20,7 @@ def add(commands: Any) -> None:
     command = commands.add_parser(
         "sample",
         help="draw images with LoRAs, embeddings and prompt weights",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     command.set_defaults(run=sample)
     add_base_flags(command, required=True)

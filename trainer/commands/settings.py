@@ -14,6 +14,14 @@ from ..config import DatasetConfig, TrainConfig, info_of
 from ..data.toml_text import toml_lines
 from ..errors import LoraGraftError
 from ..literals import literal
+from ..settings.flow import FlowSettings
+from ..settings.learning import LearningSettings
+from ..settings.loss import LossSettings
+from ..settings.network import NetworkSettings
+from ..settings.running import RunningSettings
+from ..settings.saving import SavingSettings
+from ..settings.text import TextSettings
+from .help_text import default_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,6 +33,17 @@ PLACES = {"pretrained_model_name_or_path": "base model", "train_data_dir": "imag
 # Files of parts beside the base's, with kohya's names for them; which part one is, its content tells.
 VAE_NAMES = ("vae", "ae")
 TEXT_NAMES = ("text_encoder", "clip_l", "clip_g", "t5xxl", "gemma2", "qwen3")
+# The dataclasses that settings stand in, and what their flags have in common.
+GROUPS: tuple[tuple[type, str], ...] = (
+    (DatasetConfig, "images and captions"),
+    (NetworkSettings, "network"),
+    (LearningSettings, "learning rates, optimizer, schedule"),
+    (LossSettings, "loss and noise"),
+    (FlowSettings, "models that learn a flow"),
+    (TextSettings, "text encoders and embeddings"),
+    (RunningSettings, "steps, memory, precision"),
+    (SavingSettings, "saving, samples, validation"),
+)
 SWEEP = "sweep"  # the table of a config file that holds values to try instead of settings
 
 
@@ -114,19 +133,22 @@ def settings_text(*configs: DatasetConfig | TrainConfig) -> str:
 
 
 def add_config_flags(command: argparse.ArgumentParser, *classes: type) -> None:
-    """Give a command one flag for each setting of these dataclasses."""
-    for flag, (cls, hint) in config_flags().items():
-        if cls not in classes:
-            continue
-        info = info_of(cls, flag)
-        plural = typing.get_origin(hint) is tuple
-        command.add_argument(
-            f"--{flag}",
-            type=str if plural or hint is str else literal,
-            nargs="+" if plural else None,
-            help=info.help.replace("%", "%%")
-            + (f" One of: {', '.join(info.choices)}." if info.choices else ""),
-        )
+    """Give a command one flag for each setting of these dataclasses, by groups; a switch needs no value."""
+    flags = config_flags()
+    for cls, title in GROUPS:
+        names = [name for name in cls.__annotations__ if name in flags and flags[name][0] in classes]
+        group = command.add_argument_group(title) if names else command
+        for name in names:
+            owner, hint = flags[name]
+            info = info_of(owner, name)
+            plural = typing.get_origin(hint) is tuple
+            text = info.help + (f" One of: {', '.join(filter(None, info.choices))}." if info.choices else "")
+            text += default_text(getattr(owner(), name))
+            how: dict[str, Any] = {"nargs": "+"} if plural else {}
+            if hint is bool:
+                how = {"nargs": "?", "const": True, "metavar": "true|false"}
+            kind = str if plural or hint is str else literal
+            group.add_argument(f"--{name}", type=kind, help=text.replace("%", "%%"), **how)
 
 
 def add_base_flags(command: argparse.ArgumentParser, *, required: bool) -> None:

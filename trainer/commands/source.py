@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import api
 from ..errors import LoraGraftError
+from .help_text import default_text
 
 SUFFIX = ".json"
 
@@ -25,7 +26,7 @@ def add_source(command: argparse.ArgumentParser) -> None:
         default = " ".join(map(str, initial)) if isinstance(initial, tuple) else initial
         common: dict[str, Any] = {
             "default": argparse.SUPPRESS,
-            "help": f"{info.help} Default: {default!s}.".replace("%", "%%"),
+            "help": f"{info.help}{default_text(default)}".replace("%", "%%"),
         }
         if hint is bool:
             group.add_argument(f"--{item.name}", action=argparse.BooleanOptionalAction, **common)

@@ -19,6 +19,7 @@ from ..progress import SweepLine
 from ..safefile import write_atomically
 from ..sample_prompts import parse_prompt
 from ..sweep import Axis, SweepRun, read_sweep, sweep_from_table
+from .help_text import NO_WORDS
 from .settings import SWEEP, read_config_file
 from .stop import StopFlag
 
@@ -29,11 +30,13 @@ def add_flag(command: argparse.ArgumentParser) -> None:
     """Give the command --sweep."""
     command.add_argument(
         "--sweep",
-        action="append",
+        action="extend",
+        nargs="+",
         metavar="LINE",
         help="train a LoRA with each of these values, all at once, and draw a grid of them: "
-        "'learning_rate: 1e-4, 3e-4'. Given again, every value is tried with every other; settings joined "
-        "by / change together: 'network_dim: 8, 32 / network_alpha: 4, 16'",
+        "'learning_rate: 1e-4, 3e-4'. Of several lines ('seed: 1, 2' 'network_dim: 8, 32') every value is "
+        "tried with every other; settings joined by / change together: "
+        "'network_dim: 8, 32 / network_alpha: 4, 16'",
     )
 
 
@@ -87,7 +90,8 @@ def train(
     for file in files.values():
         print(f"LoRA          {file}")
     if files:
-        print(f"Trigger words {trigger_words(train_set, runs[next(iter(files))].config)}")
+        words = trigger_words(train_set, runs[next(iter(files))].config)
+        print(f"Trigger words {words or NO_WORDS}")
         rows = [(runs[number], file) for number, file in files.items()]
         print(f"Grid          {draw_grid(base, train_set, rows, grids, device=device)}")
     failed = {n: end.error for n, end in sorted(ends.items()) if isinstance(end, api.Failed)}

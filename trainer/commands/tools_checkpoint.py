@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import api
+from .help_text import Help
 
 
 def add(commands: Any) -> None:
@@ -14,7 +15,7 @@ def add(commands: Any) -> None:
     command = commands.add_parser(
         "convert-checkpoint",
         help="a diffusers folder to a single file, or a file of SD1.x, SD2.x or SDXL to a folder",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     command.set_defaults(run=convert_checkpoint)
     command.add_argument("model", type=Path, help="a diffusers folder, or a single .safetensors file")

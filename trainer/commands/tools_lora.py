@@ -10,6 +10,7 @@ from PIL import Image
 
 from .. import api
 from ..errors import LoraGraftError
+from .help_text import Help
 
 
 def add(commands: Any) -> None:
@@ -17,7 +18,7 @@ def add(commands: Any) -> None:
     group = commands.add_parser("lora", help="resize, merge, extract, check, describe and convert LoRA files")
     jobs = group.add_subparsers(required=True, metavar="JOB")
     for name, text, arguments, run in JOBS:
-        job = jobs.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        job = jobs.add_parser(name, help=text, formatter_class=Help)
         arguments(job)
         job.set_defaults(run=run)
 

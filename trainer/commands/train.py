@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,18 @@ from ..progress import ProgressLine
 from ..sweep import sweep_runs
 from . import foreign, processes, sweep
 from .dataset_build import add_config_source, open_train_set
+from .help_text import NO_WORDS, Help
 from .settings import add_base_flags, add_config_flags, open_base, read_settings, settings_text
 from .source import add_source
 from .stop import StopFlag
 
 OUTPUT_DIR = "output"
+USAGE = "loragraft train [--config FILE] [--pretrained_model_name_or_path BASE] [--train_data_dir FOLDER] ..."
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    command = commands.add_parser(
-        "train", help="train a LoRA", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    command = commands.add_parser("train", help="train a LoRA", usage=USAGE, formatter_class=Help)
     command.set_defaults(run=train)
     command.add_argument("--config", help="TOML file of settings; flags win over it")
     foreign.add_flags(command)
@@ -66,9 +67,7 @@ def _train(arguments: argparse.Namespace, world: Alone) -> int:
     foreign.apply(arguments, quiet=not world.writes)
     where = str(arguments.config or arguments.config_file or "command line")
     if arguments.print_settings:
-        if world.writes:
-            print(settings_text(*api.make_both(read_settings(arguments)[0], where=where)))
-        return 0
+        return _print_settings(arguments, where, world)
     data = () if arguments.dataset_config else ("train_data_dir",)
     settings, (base_path, *_) = read_settings(arguments, "pretrained_model_name_or_path", *data)
     _, train_config = api.make_both(settings, where=where)
@@ -91,6 +90,17 @@ def _train(arguments: argparse.Namespace, world: Alone) -> int:
     events = api.train(
         base, train_set, train_config, places=places, device=device, fresh=arguments.fresh, world=world
     )
+    return _follow(events, world)
+
+
+def _print_settings(arguments: argparse.Namespace, where: str, world: Alone) -> int:
+    if world.writes:
+        print(settings_text(*api.make_both(read_settings(arguments)[0], where=where)))
+    return 0
+
+
+def _follow(events: Generator[api.Event, None, None], world: Alone) -> int:
+    """Show a run's events until it ends or is stopped; return the exit code."""
     with StopFlag(launched=world.size > 1) as stop, ProgressLine(sys.stderr) as line:
         for said in processes.launcher_lines(os.environ) if world.writes else ():
             line.show(api.Note(said))
@@ -102,12 +112,16 @@ def _train(arguments: argparse.Namespace, world: Alone) -> int:
                 world.stop()
                 return _stopped(world)
             if isinstance(event, api.Finished):
-                print(f"LoRA          {event.lora_file}")
-                if event.model_file is not None:
-                    print(f"Checkpoint    {event.model_file}")
-                print(f"Trigger words {event.trigger_words}")
-                print(f"Run folder    {event.run_folder}")
+                _print_products(event)
     return 0
+
+
+def _print_products(end: api.Finished) -> None:
+    print(f"LoRA          {end.lora_file}")
+    if end.model_file is not None:
+        print(f"Checkpoint    {end.model_file}")
+    print(f"Trigger words {end.trigger_words or NO_WORDS}")
+    print(f"Run folder    {end.run_folder}")
 
 
 def _stopped(world: Alone) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import nearest
@@ -25,6 +25,27 @@ BUCKETS = ("RatioBucket.from_files", "FixedBucket")
 BASE_BATCH_SIZE, BASE_NUM_BUCKET, BASE_AREA, BASE_STEP = 4, 5, 512 * 512, 8
 BASE_TAG_DROPOUT = 0.1
 CLASS_DATASET = "dataset_class"
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, (str, type(None)))
+
+
+def _is_repeat(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 10_000
+
+
+def _is_color(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(c in range(256) for c in value)
+
+
+# Key of a source -> the value of one that is not there, what is expected, whether a value is that.
+SOURCE_VALUES: Mapping[str, tuple[Any, str, Callable[[Any], bool]]] = {
+    "caption_file": (None, "a path or null", _is_path),
+    "prompt_template": (None, "a path or null", _is_path),
+    "repeat": (1, "1 to 10000", _is_repeat),
+    "bg_color": ([255, 255, 255], "[red, green, blue]", _is_color),
+}
 
 
 def check_data(data: Mapping[str, Any], faults: Faults) -> None:
@@ -57,24 +78,27 @@ def _check_source(path: str, source: Any, faults: Faults) -> None:
     _check_keys(path, source, SOURCE_KEYS, faults)
     if not isinstance(source.get("img_root"), str):
         faults.wrong.append(f"{path}.img_root is missing, expected a folder")
-    for key in ("caption_file", "prompt_template"):
-        if not isinstance(source.get(key), (str, type(None))):
-            faults.wrong.append(f"{path}.{key} is {shown(repr(source[key]), 40)}, expected a path or null")
-    repeat = source.get("repeat", 1)
-    if type(repeat) is not int or not 1 <= repeat <= 10_000:
-        faults.wrong.append(f"{path}.repeat is {shown(repr(repeat), 40)}, expected 1 to 10000")
-    color = source.get("bg_color", [255, 255, 255])
-    if not isinstance(color, list) or len(color) != 3 or any(c not in range(256) for c in color):
-        faults.wrong.append(f"{path}.bg_color is {shown(repr(color), 40)}, expected [red, green, blue]")
+    for key, (usual, expected, fits) in SOURCE_VALUES.items():
+        value = source.get(key, usual)
+        if not fits(value):
+            faults.wrong.append(f"{path}.{key} is {shown(repr(value), 40)}, expected {expected}")
     if source.get("att_mask") is not None:
         faults.refused.append(f"{path}.att_mask (its greys weigh up to five times; masks here do not)")
         faults.remedies.append("set att_mask to null, and give masks to Load Image Folder")
+    _check_words(path, source, faults)
+    _check_transforms(path, source, faults)
+
+
+def _check_words(path: str, source: Mapping[str, Any], faults: Faults) -> None:
     for key, words in words_of(source).items():
         if not isinstance(words, (str, int, float)):
             faults.refused.append(
                 f"{path}.word_names.{shown(key, 40)} (a list of positive and negative words)"
             )
             faults.remedies.append("write one word")
+
+
+def _check_transforms(path: str, source: Mapping[str, Any], faults: Faults) -> None:
     for entry in transforms_of(source):
         kind = kind_of(entry)
         if kind not in TRANSFORMS:

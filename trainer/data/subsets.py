@@ -77,13 +77,7 @@ def scan_subset(
     ]
     without = [record.name for record in records if not record.caption]
     if without and missing_captions == "stop":
-        raise LoraGraftError(
-            "LG-DATA-006",
-            f"{len(without)} of {counted(len(records), 'image')} without a caption.",
-            where=f"{shown(subset.folder)}: {listed(shown(name) for name in without)}",
-            why=f"there is no {' or '.join(subset.caption_extensions)} file and no class_tokens.",
-            fix="add caption files, set class_tokens, or ask for training without words (missing_captions)",
-        )
+        raise _without_words(subset, without, len(records))
     empty = set(without)
     records = [dataclasses.replace(r, caption_source=UNCAPTIONED) if r.name in empty else r for r in records]
     # The scan's own counts speak of folder names, which say nothing here; what it left out does.
@@ -93,6 +87,16 @@ def scan_subset(
         if not line.startswith(("  ", "Captions")) and " with repeats" not in line
     ]
     return Dataset(dataset.root, tuple(records), (*_lines(subset, records, texts, without), *kept))
+
+
+def _without_words(subset: Subset, names: Sequence[str], total: int) -> LoraGraftError:
+    return LoraGraftError(
+        "LG-DATA-006",
+        f"{len(names)} of {counted(total, 'image')} without a caption.",
+        where=f"{shown(subset.folder)}: {listed(shown(name) for name in names)}",
+        why=f"there is no {' or '.join(subset.caption_extensions)} file and no class_tokens.",
+        fix="add caption files, set class_tokens, or ask for training without words (missing_captions)",
+    )
 
 
 def named_path(text: str, file: Path, resolve: Callable[[str], Path] | None) -> Path:

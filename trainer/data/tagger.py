@@ -88,47 +88,44 @@ def tag_dataset(
     exclude = read_tag_list(settings.exclude, where="exclude")
     first = read_tag_list(settings.always_first, where="always_first")
     total = len(taggers) * len(dataset.records)
-    scored = []
-    for number, files in enumerate(taggers):
-        before = number * len(dataset.records)
-
-        def step(done: int, _: int, before: int = before) -> None:
-            if progress is not None:
-                progress(before + done, total)
-
-        scored.append(
-            score(
-                dataset.records,
-                files,
-                device=device,
-                batch_size=batch_size,
-                cache=cache,
-                progress=step,
-            )
+    scored = [
+        score(
+            dataset.records,
+            files,
+            device=device,
+            batch_size=batch_size,
+            cache=cache,
+            progress=_part(progress, number * len(dataset.records), total),
         )
+        for number, files in enumerate(taggers)
+    ]
     found = [
         choose([one.scores[index] for one in scored], [one.labels for one in scored], settings)
         for index in range(len(dataset.records))
     ]
-    captions, dropped, spared = [], Counter[str](), Counter[str]()
-    for record, tags in zip(dataset.records, found, strict=True):
-        written = [
-            spaced(tag) if settings.replace_underscore else tag for tag in _ordered(tags, settings, first)
-        ]
-        dropped.update(tag for tag in written if exclude.takes(tag))
-        spared.update(tag for tag in written if exclude.covers(tag) and not exclude.takes(tag))
-        kept = [tag for tag in written if not exclude.takes(tag)]
-        captions.append(_caption(record, kept, settings))
+    written = [_ordered(tags, settings, first) for tags in found]
+    captions = [
+        _caption(record, [tag for tag in tags if not exclude.takes(tag)], settings)
+        for record, tags in zip(dataset.records, written, strict=True)
+    ]
     _check_filled(dataset, captions)
     records = [
         dataclasses.replace(record, caption=caption, caption_source="tagger")
         for record, caption in zip(dataset.records, captions, strict=True)
     ]
     lines = _lines(dataset, taggers, scored, found, settings)
+    covered = Counter(tag for tags in written for tag in tags if exclude.takes(tag) or exclude.covers(tag))
+    dropped = {tag: count for tag, count in covered.items() if exclude.takes(tag)}
+    spared = {tag: count for tag, count in covered.items() if not exclude.takes(tag)}
     lines += _list_lines("Excluded", dropped)
     lines += _list_lines("Protected, only its full name excludes it", spared)
     lines += frequency_lines(count_captions(captions), len(captions))
     return Edited(dataset.replaced(records, *lines), tuple(lines))
+
+
+def _part(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Return the progress of one tagger as a part of all; ``before`` pictures are done by others."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
 
 
 def choose(scores: Sequence[Scores], labels: Sequence[Labels], settings: TagSettings) -> Found:
@@ -205,7 +202,8 @@ def _ordered(found: Found, settings: TagSettings, first: TagList) -> list[str]:
     rest = [tag for tag in tags if tag not in front]
     rating = [found.rating] if found.rating else []
     before, after = {"first": (rating, []), "last": ([], rating)}.get(settings.rating, ([], []))
-    return [*before, *front, *rest, *after]
+    ordered = [*before, *front, *rest, *after]
+    return [spaced(tag) for tag in ordered] if settings.replace_underscore else ordered
 
 
 # ---- from tags to captions ----

@@ -183,17 +183,9 @@ def read_labels(file: Path) -> Labels:
 
     Raises LG-DATA-063 with all broken rows.
     """
-    try:
-        if file.stat().st_size > MAX_CSV_BYTES:
-            raise _bad_labels(file, f"it is larger than {MAX_CSV_BYTES // 2**20} MiB.")
-        text = file.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _bad_labels(file, f"{error}.") from None
-    if "\0" in text:
-        raise _bad_labels(file, "it holds zero bytes.")
     names, categories, faults = [], [], []
     try:
-        rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+        rows = csv.reader(io.StringIO(_csv_text(file), newline=""), strict=True)
         header = next(rows, [])
         if "name" not in header or "category" not in header:
             raise _bad_labels(file, "its first line does not name the columns 'name' and 'category'.")
@@ -214,6 +206,18 @@ def read_labels(file: Path) -> Labels:
     if not names:
         raise _bad_labels(file, "it holds no tags.")
     return Labels(tuple(names), tuple(categories))
+
+
+def _csv_text(file: Path) -> str:
+    try:
+        if file.stat().st_size > MAX_CSV_BYTES:
+            raise _bad_labels(file, f"it is larger than {MAX_CSV_BYTES // 2**20} MiB.")
+        text = file.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _bad_labels(file, f"{error}.") from None
+    if "\0" in text:
+        raise _bad_labels(file, "it holds zero bytes.")
+    return text
 
 
 def _row_fault(row: list[str], width: int, at_name: int, at_category: int) -> str | None:

@@ -13,6 +13,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,48 +113,60 @@ def _open_graph(files: TaggerFiles, device: str, reasons: list[str]) -> Session 
     except (ImportError, OSError, AttributeError) as error:  # absent, or a library of it does not load
         reasons.append(f"onnxruntime: {shown(error, 200)}")
         return None
-    providers = _providers(available, device)
-    notes: list[str] = []
-    if providers[0] == "CUDAExecutionProvider" and hasattr(runtime, "preload_dlls"):
+    wanted = _providers(available, device)
+    if wanted[0] == "CUDAExecutionProvider" and hasattr(runtime, "preload_dlls"):
         runtime.preload_dlls()  # torch's CUDA libraries serve onnxruntime too
-    session = _load_graph(runtime, files.graph, providers)
-    first, output = session.get_inputs()[0], session.get_outputs()[0]
-    size = _graph_size(files.graph, first, session.get_inputs())
-    dtype = np.float16 if first.type == "tensor(float16)" else np.float32
-    batch = first.shape[0]
-
-    def run_on(graph: Any) -> Callable[[Floats], Floats]:
-        def run(pixels: Floats) -> Floats:
-            (scores,) = graph.run([output.name], {first.name: pixels.astype(dtype, copy=False)})
-            return np.asarray(scores, dtype=np.float32)
-
-        return run
-
-    used = session.get_providers()[0]
-    if used != CPU:
-        # A GPU library may load and yet fail on the first picture: better now than amid the images.
-        try:
-            run_on(session)(np.full((batch if isinstance(batch, int) else 1, size, size, 3), 255, np.float32))
-        except Exception as error:  # the runtime's own exception types are not public
-            notes.append(f"{used} failed ({shown(error, 120)}); the CPU runs the tagger.")
-            session = _load_graph(runtime, files.graph, [CPU])
-            used = CPU
-    elif providers[0] != CPU:
-        notes.append(f"{providers[0]} could not be used; the CPU runs the tagger.")
-    elif device != "cpu":
-        notes.append(
-            "onnxruntime has no GPU provider here, so the CPU runs the tagger; for NVIDIA cards: "
-            "pip uninstall onnxruntime, then pip install onnxruntime-gpu."
-        )
-    count = output.shape[-1] if isinstance(output.shape[-1], int) else None
+    graph = _load_graph(runtime, files.graph, wanted)
+    first, output = graph.get_inputs()[0], graph.get_outputs()[0]
+    size = _graph_size(files.graph, first, graph.get_inputs())
+    batch = first.shape[0] if isinstance(first.shape[0], int) else None
+    used = graph.get_providers()[0]
+    notes = _notes(used, wanted[0], device)
+    fault = None if used == CPU else _fault_of(graph, (batch or 1, size, size, 3))
+    if fault is not None:
+        notes.append(f"{used} failed ({fault}); the CPU runs the tagger.")
+        graph, used = _load_graph(runtime, files.graph, [CPU]), CPU
     return Session(
         size,
-        batch if isinstance(batch, int) else None,
-        count,
+        batch,
+        output.shape[-1] if isinstance(output.shape[-1], int) else None,
         f"{files.name} by onnxruntime {runtime.__version__}, {used.removesuffix('ExecutionProvider')}",
-        run_on(session),
+        partial(_run_graph, graph),
         tuple(notes),
     )
+
+
+def _run_graph(graph: Any, pixels: Floats) -> Floats:
+    first, output = graph.get_inputs()[0], graph.get_outputs()[0]
+    dtype = np.float16 if first.type == "tensor(float16)" else np.float32
+    (scores,) = graph.run([output.name], {first.name: pixels.astype(dtype, copy=False)})
+    return np.asarray(scores, dtype=np.float32)
+
+
+def _fault_of(graph: Any, shape: tuple[int, ...]) -> str | None:
+    """Say why a GPU cannot run the graph, or None.
+
+    Its library may load and yet fail on the first picture: better now than amid the images.
+    """
+    try:
+        _run_graph(graph, np.full(shape, 255, np.float32))
+    except Exception as error:  # the runtime's own exception types are not public
+        return shown(error, 120)
+    return None
+
+
+def _notes(used: str, wanted: str, device: str) -> list[str]:
+    """Say why the CPU runs what a GPU was wanted for."""
+    if used != CPU:
+        return []
+    if wanted != CPU:
+        return [f"{wanted} could not be used; the CPU runs the tagger."]
+    if device != "cpu":
+        return [
+            "onnxruntime has no GPU provider here, so the CPU runs the tagger; for NVIDIA cards: "
+            "pip uninstall onnxruntime, then pip install onnxruntime-gpu."
+        ]
+    return []
 
 
 def _providers(available: list[str], device: str) -> list[str]:

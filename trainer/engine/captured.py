@@ -91,6 +91,15 @@ class Captured:
         """See `steps.Engine`."""
         self.fused.refresh(row)
 
+    def release(self) -> None:
+        """See `steps.Engine`: drop the graphs; a step that comes nevertheless makes its own anew."""
+        if not (self._graphs or self._updates):
+            return
+        self._graphs.clear()
+        self._updates.clear()
+        torch.cuda.empty_cache()  # what lay in their pool is for all again
+        self._pool = torch.cuda.graph_pool_handle()  # the old one is gone
+
     def close(self) -> None:
         """See `steps.Engine`: drop the graphs."""
         self._graphs.clear()

@@ -11,6 +11,7 @@ meets its own adapter only, so each run's gradients are those that it has alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .frozen import dense
+from .makes import Make
 
 
 @dataclass
@@ -58,7 +60,15 @@ class Bank:
 def linear(x: torch.Tensor, layer: nn.Module, bank: Bank, rows: tuple[int, ...]) -> torch.Tensor:
     """Return W x + b + s B A x for x (len(rows) * B, ..., in), its slices in the order of ``rows``."""
     x = x.to(bank.down.dtype)
-    out: torch.Tensor = _Linear.apply(x, bank.down, bank.up, layer, bank, rows)
+    out: torch.Tensor = _Linear.apply(bank.down, bank.up, layer, bank, rows, None, x)
+    return out
+
+
+def linear_after(
+    make: Make, sources: Sequence[torch.Tensor], layer: nn.Module, bank: Bank, rows: tuple[int, ...]
+) -> torch.Tensor:
+    """Return `linear` of what ``make`` makes of its sources, which is made again in backward and not kept."""
+    out: torch.Tensor = _Linear.apply(bank.down, bank.up, layer, bank, rows, make, *sources)
     return out
 
 
@@ -77,31 +87,34 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
         down: torch.Tensor,
         up: torch.Tensor,
         layer: nn.Module,
         bank: Bank,
         rows: tuple[int, ...],
+        make: Make | None,
+        *sources: torch.Tensor,
     ) -> torch.Tensor:
         number, factor = bank.scale(rows)
+        x, kept = (sources[0], ()) if make is None else make.forward(*sources)
         flat = x.reshape(-1, x.shape[-1])
         out = F.linear(flat, dense(layer, x.dtype), bias_in(layer, x.dtype))
         hidden = torch.bmm(slices(flat, rows), of_rows(down, rows).transpose(1, 2))  # (N, M, r)
         if factor is not None:
             hidden *= factor
         slices(out, rows).baddbmm_(hidden, of_rows(up, rows).transpose(1, 2), alpha=number)
-        ctx.save_for_backward(flat, down, up, hidden)
-        ctx.others = (layer, bank, rows, number, factor, x.shape)
+        ctx.save_for_backward(down, up, hidden, *((flat,) if make is None else sources), *kept)
+        ctx.others = (layer, bank, rows, number, factor, x.shape, make, len(sources))
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        flat, down, up, hidden = ctx.saved_tensors
-        layer, bank, rows, number, factor, shape = ctx.others
-        wants_x, wants_adapter = ctx.needs_input_grad[:2]
+        down, up, hidden, *saved = ctx.saved_tensors
+        layer, bank, rows, number, factor, shape, make, count = ctx.others
+        wants_adapter, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
+        wants_x, sources, kept = any(wanted), tuple(saved[:count]), tuple(saved[count:])
         grad = grad.reshape(-1, grad.shape[-1])
-        dy, x = slices(grad, rows), slices(flat, rows)
+        dy = slices(grad, rows)
         dh = torch.bmm(dy, of_rows(up, rows))  # (N, M, r)
         if factor is not None:
             dh *= factor
@@ -112,12 +125,17 @@ class _Linear(torch.autograd.Function):
             grad_x = grad_x.view(shape)
         returned: tuple[torch.Tensor | None, ...] = (None, None)
         if wants_adapter:
+            x = sources[0] if make is None else make.forward(*sources)[0]
+            x = slices(x.reshape(-1, shape[-1]), rows)
             returned = (
                 add_product(bank.down_grad, down, rows, dh.transpose(1, 2), x, number),
                 add_product(bank.up_grad, up, rows, dy.transpose(1, 2), hidden, number),
             )
             bank.reach(rows)
-        return grad_x, *returned, None, None, None
+        into: tuple[torch.Tensor | None, ...] = (grad_x,)
+        if make is not None:
+            into = (None,) * count if grad_x is None else make.backward(grad_x, wanted, sources, kept)
+        return *returned, None, None, None, None, *into
 
 
 class _Convolution(torch.autograd.Function):

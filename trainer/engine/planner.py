@@ -6,11 +6,13 @@ frozen weights from the host. What does not fit then is refused, with every sing
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 from ..errors import LoraGraftError, one_line
-from .predictor import BYTES_PER_VALUE, SAMPLING, Case, Costs, Prediction
+from .predictor import BYTES_PER_VALUE, DRAWN, Case, Costs, Prediction
 
 SMALLEST_SIDE_PX, SIDE_STEP_PX = 256, 64
 RELIEF = 0.85  # after a real shortage: advise what is predicted to need at most this share
@@ -61,6 +63,7 @@ def plan(
                 f"memory: as set it would be {_gib(as_set.total)} GiB. Steps take longer so, the LoRA is the "
                 "same; memory: off leaves the settings as they are"
             )
+            lines += _without_swapping(costs, case, start, room_bytes)
         elif room_bytes is not None and prediction.total > room_bytes:
             lines.append("memory: that is more than there is; memory: off changes nothing")
         return Plan(case, prediction, room_bytes, costs, num_blocks, num_swappable, tuple(lines))
@@ -153,7 +156,47 @@ def _least(costs: Costs, fits: Case, start: Case, room_bytes: int) -> Case:
     def case_of(count: int) -> Case:
         return replace(fits, **{field: count})  # type: ignore[arg-type]
 
-    return case_of(_smallest(low + 1, high, lambda n: costs.predict(case_of(n)).total <= room_bytes))
+    return case_of(_crossing(low, high, lambda n: costs.predict(case_of(n)).total, room_bytes))
+
+
+def _crossing(low: int, high: int, total_of: Callable[[int], int], room_bytes: int) -> int:
+    """Return the smallest number in low..high whose total is within the room; ``high``'s is.
+
+    Totals fall almost in a line, so that a guess on it and its neighbour mostly decide, where halving would
+    predict seven cases; each takes seconds for a large model. Halving takes its turn where they do not.
+    """
+    above, below = total_of(low), total_of(high)
+    if above <= room_bytes:
+        return low
+    ways, fits = cycle(("line", "neighbour", "half")), True
+    while high - low > 1:
+        way = next(ways)
+        if way == "line":
+            guess = low + math.ceil((above - room_bytes) / max(1, above - below) * (high - low))
+        elif way == "neighbour":
+            guess = high - 1 if fits else low + 1
+        else:
+            guess = (low + high) // 2
+        guess = min(max(guess, low + 1), high - 1)
+        found = total_of(guess)
+        fits = found <= room_bytes
+        if fits:
+            high, below = guess, found
+        else:
+            low, above = guess, found
+    return high
+
+
+def _without_swapping(costs: Costs, case: Case, start: Case, room_bytes: int | None) -> list[str]:
+    """Return a line on the storage in which no block more would have to leave the device, if any."""
+    if case.swapped == start.swapped or room_bytes is None:
+        return []
+    here = replace(case, swapped=start.swapped)
+    for storage, size in BYTES_PER_VALUE.items():
+        total = costs.predict(replace(here, storage=storage)).total
+        if size < BYTES_PER_VALUE.get(case.storage, 2.0) and total <= room_bytes:
+            return [f"memory: base_storage {storage} would leave all blocks in place ({_gib(total)} GiB)"]
+    return []
 
 
 def _smallest(low: int, high: int, fits: Callable[[int], bool]) -> int:
@@ -183,7 +226,8 @@ def _changes(costs: Costs, case: Case, limit: int, num_blocks: int, num_swappabl
         if fits(full):
             least = _least(costs, full, case, limit)
             yield Change(f"blocks_to_swap {least.swapped}", least)
-    if SAMPLING in costs.others and case.draws and fits(blind := replace(case, draws=False)):
+    draws = case.draws and any(name in costs.others for name in DRAWN)
+    if draws and fits(blind := replace(case, draws=False)):
         yield Change("preview_image false and sample_prompts to none", blind)
     batches = [replace(case, batch=n) for n in range(1, case.batch)]
     if smaller := _largest(batches, fits):

@@ -27,8 +27,11 @@ SLACK = 0.05  # of what comes and goes: the allocator rounds sizes and leaves ga
 BYTES_PER_VALUE = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5625}  # of base_storage, with scales
 UNPACKED_BYTES = 8  # a value of a packed weight that is being brought into the arithmetic's dtype, at most
 UPDATE_BYTES = 8  # what an update over all tensors at once holds of each value, float32
-SAMPLING = "sampling"  # the phase that a run can do without
-ENCODING = "encoding"  # the phase before the first step, when no graph holds memory yet
+SAMPLING = "sampling"  # between steps, and PREVIEW after the last one: phases that a run can do without
+PREVIEW = "preview at the end"
+DRAWN = (SAMPLING, PREVIEW)
+ENCODING = "encoding"  # before the first step
+WITHOUT_GRAPHS = (ENCODING, PREVIEW)  # phases in which no graph holds memory, yet or any more
 Size = tuple[int, int]  # (height, width) in pixels
 
 
@@ -166,8 +169,8 @@ class Costs:
             "saving": values * 4 + pool,
         }
         for name, size in self.others.items():
-            if case.draws or name != SAMPLING:
-                phases[name] = size + (pool if name != ENCODING else 0)
+            if case.draws or name not in DRAWN:
+                phases[name] = size + (pool if name not in WITHOUT_GRAPHS else 0)
         return Prediction(weights, values * self.held, phases, micro)
 
 
@@ -227,6 +230,27 @@ def free_bytes(device: torch.device) -> int | None:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return None
+
+
+def room_bytes(device: torch.device, placed: int) -> int | None:
+    """Return what a run may take of a device in all, with the ``placed`` bytes it has there; None if unknown.
+
+    Weights that are mapped from a file count as free on the host already, so there the process's own memory
+    is the most that can be added.
+    """
+    free = free_bytes(device)
+    if free is None:
+        return None
+    return free + (placed if device.type != "cpu" else min(placed, _own_bytes()))
+
+
+def _own_bytes() -> int:
+    """Return the process's memory that no file is mapped to; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    for line in status.read_text("utf-8", "replace").splitlines() if status.exists() else ():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def dry_run(

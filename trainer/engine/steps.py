@@ -66,6 +66,9 @@ class Engine(Protocol):
     def refresh(self, row: int) -> None:
         """Take over what was written into a run's parameters alone."""
 
+    def release(self) -> None:
+        """Free what can be made anew, where no step is to come: images need the memory."""
+
     def close(self) -> None:
         """Free what the engine holds on the device."""
 
@@ -120,6 +123,9 @@ class Eager:
 
     def refresh(self, row: int) -> None:
         """See `Engine`: there is no other copy."""
+
+    def release(self) -> None:
+        """See `Engine`: nothing is held."""
 
     def close(self) -> None:
         """See `Engine`: nothing is held."""
@@ -182,6 +188,9 @@ class Fused:
         if row not in self._reached or self._reached[row][0] != len(found):
             self._reached[row] = (len(found), frozenset(slot for own, slot in found if own == row))
         return self._reached[row][1]
+
+    def release(self) -> None:
+        """See `Engine`: the buffers live as long as the run."""
 
     def close(self) -> None:
         """See `Engine`: the buffers live as long as the run."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_iter
 from .checkpointing import Forward, undo_all, wrap_forward
 
 ALIGNMENT = 256  # bytes: kernels read aligned weights fastest
+LARGEST_PIECE = 2**32  # bytes of pinned memory that are taken, and given back, at once
 
 
 class Copier(Protocol):
@@ -91,7 +92,9 @@ class Swap:
         self.copier = copier or (OnStream(device) if device.type == "cuda" else Directly())
         uses = Counter(id(t) for block in chosen for t in frozen(block))
         own = [[t for t in frozen(block) if uses[id(t)] == 1] for block in chosen]
-        self._blocks = [_Parked(tensors, pin=device.type == "cuda") for tensors in own]
+        sizes = [sum(map(_aligned, tensors)) for tensors in own]
+        places = _places(sizes, pin=device.type == "cuda")
+        self._blocks = [_Parked(tensors, place) for tensors, place in zip(own, places, strict=True)]
         size = max((b.host.numel() for b in self._blocks), default=0)
         self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self._views = [[block.views(buffer) for block in self._blocks] for buffer in self._buffers]
@@ -169,15 +172,15 @@ class Swap:
 
 
 class _Parked:
-    """A block's frozen tensors side by side in one piece of host memory, (bytes,) uint8."""
+    """A block's frozen tensors side by side in one piece of host memory, ``host`` (bytes,) uint8."""
 
-    def __init__(self, tensors: list[torch.Tensor], *, pin: bool) -> None:
+    def __init__(self, tensors: list[torch.Tensor], host: torch.Tensor) -> None:
         self._tensors = tensors
         sizes = [_aligned(t) for t in tensors]
         self._starts = [0, *accumulate(sizes)][:-1]
         # Strides are kept where a tensor is dense (channels_last); else it becomes contiguous.
         self._strides = [torch.empty_like(t, device="meta").stride() for t in tensors]
-        self.host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pin)
+        self.host = host
         self._at_rest = self.views(self.host)
         for tensor, view in zip(tensors, self._at_rest, strict=True):
             view.copy_(tensor.detach())
@@ -206,6 +209,35 @@ class _Parked:
     def nothing(self) -> list[torch.Tensor]:
         """Return empty tensors."""
         return [torch.empty(0, dtype=t.dtype) for t in self._tensors]
+
+
+def _places(sizes: Sequence[int], *, pin: bool) -> Iterator[torch.Tensor]:
+    """Yield host memory (size,) uint8 for each of the sizes, in order.
+
+    torch rounds a piece of pinned memory up to a power of two, which for the blocks of Flux would be half as
+    much again. So neighbours share pieces of such sizes.
+    """
+    if not pin:
+        yield from (torch.empty(size, dtype=torch.uint8) for size in sizes)
+        return
+    for piece, members in pieces(sizes):
+        yield from torch.empty(piece, dtype=torch.uint8, pin_memory=True)[: sum(members)].split(members)
+
+
+def pieces(sizes: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """Divide sizes, in order, over powers of two; yields each with its members, the fullest that can be."""
+    left = list(sizes)
+    while left:
+        least = 2 ** max(0, left[0] - 1).bit_length()
+        choices = []
+        piece = least
+        while piece <= max(least, LARGEST_PIECE):
+            count = sum(total <= piece for total in accumulate(left))
+            choices.append((sum(left[:count]) / piece, -piece, count))
+            piece *= 2
+        _, negative, count = max(choices)
+        yield -negative, left[:count]
+        left = left[count:]
 
 
 def frozen_bytes(block: nn.Module) -> int:

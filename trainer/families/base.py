@@ -14,6 +14,7 @@ from ..parts import Parts, Target
 
 Tensors = Mapping[str, torch.Tensor]
 Texts = tuple[torch.Tensor, ...]  # of captions, each (B, ...): their tokens, or what the denoiser sees
+PLACES_STEP = 64  # lengths of captions are rounded up to it, so that few differ
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,27 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Room:
+    """How many tokens captions have for the text encoder that reads the most of them, and how many it reads.
+
+    ``lengths`` are counted as ``setting`` counts, of which ``limit`` is the value; it goes to ``most`` in
+    steps of ``step``. ``padding`` is how many places behind a caption the denoiser sees: where there are
+    more, they change nothing. None where it sees all of them, so that their number belongs to the model.
+    """
+
+    lengths: Sequence[int]
+    limit: int
+    most: int
+    setting: str = "t5xxl_max_token_length"
+    step: int = PLACES_STEP
+    padding: int | None = None
+
+    def up(self, tokens: int) -> int:
+        """Return the least length that the setting has in its steps for so many tokens."""
+        return -(-tokens // self.step) * self.step
+
+
+@dataclass(frozen=True)
 class Look:
     """What a family's images are usually drawn with: steps, guidance by a negative prompt, and distilled."""
 
@@ -44,6 +66,22 @@ class Look:
 
 def untold(weights: Tensors) -> None:
     """Return None: what a family's weights say of their prediction, where they say nothing."""
+
+
+def without_clip(title: str, brackets: str, encoder: str = "its text encoder") -> dict[str, str]:
+    """Return what `Family.ignored` says for a transformer that reads captions with no CLIP.
+
+    ``brackets`` says why captions cannot be weighted, ``encoder`` what t5xxl_max_token_length is about.
+    """
+    length = f"{title} has no CLIP; t5xxl_max_token_length is {encoder}'s"
+    return {
+        "clip_skip": f"{title} has no CLIP",
+        "max_token_length": length,
+        "tokenizer_repeats": length,
+        "conv_dim": f"{title} has no convolutions",
+        "weighted_captions": brackets,
+        "train_embeddings": f"{title} has no CLIP to learn words",
+    }
 
 
 class Family(Protocol):
@@ -110,6 +148,9 @@ class Family(Protocol):
 
     def reading_for(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Reading:
         """Return the reading with lengths that cut none of these captions, where that can be."""
+
+    def room(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Room | None:
+        """Return how long captions are and how much of them is read; None where nothing is ever cut."""
 
     def encode_text(self, parts: Parts, tokens: Texts, reading: Reading) -> Texts:
         """Return the conditioning, tensors (B, ...), for what `tokenize` returned with this reading."""

@@ -13,7 +13,7 @@ from ..block_weights import Blocks
 from ..objective import Objective
 from ..objective.flow import FLUX_MU, Flow
 from ..parts import DENOISER, Parts, Target
-from .base import Look, Reading, Tensors, Texts, untold
+from .base import Look, Reading, Room, Tensors, Texts, untold, without_clip
 from .modules.autoencoder import FLUX_SCALE, FLUX_SHIFT, decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built
 from .modules.chroma_model import PATCH, ChromaTransformer, chroma_config
@@ -22,13 +22,13 @@ from .names.chroma_keys import chroma_from_diffusers
 from .names.flux_keys import T5_PREFIX, join_denoiser, split_denoiser
 from .names.ldm_keys import UNET_PREFIX
 from .names.ldm_vae import join_vae, split_vae, vae_from_folder
+from .names.prefixes import above
 from .names.vae_prefix import with_ldm_prefix
 from .sources.weights import Renamed, joined
 from .targets.block_targets import find_block_targets
-from .text.t5_text import check_t5_tokenizer, encode_t5, load_t5, t5_longest, t5_tokens, t5_weights
+from .text.t5_text import check_t5_tokenizer, encode_t5, load_t5, t5_room, t5_tokens, t5_weights
 
 TITLE = "Chroma"
-CLIP_LENGTH = "Chroma has no CLIP; t5xxl_max_token_length is T5's"
 LATENT_CHANNELS = 16
 T5 = "text_encoder"
 T5_LENGTH, T5_LONGEST = 512, 1024
@@ -47,6 +47,7 @@ class Chroma:
     metadata: Mapping[str, str] = {
         "ss_base_model_version": "chroma",
         "ss_model_type": "chroma",
+        "ss_network_module": "networks.lora_flux",
         "modelspec.architecture": "chroma/lora",
         "modelspec.implementation": "https://huggingface.co/lodestones/Chroma",
     }
@@ -59,11 +60,7 @@ class Chroma:
     uses_sizes = False
     look = Look(26, 4.0)
     ignored: Mapping[str, str] = {
-        "clip_skip": "Chroma has no CLIP",
-        **dict.fromkeys(("max_token_length", "tokenizer_repeats"), CLIP_LENGTH),
-        "conv_dim": "Chroma has no convolutions",
-        "weighted_captions": "Chroma learnt from T5's states as they are",
-        "train_embeddings": "Chroma has no CLIP to learn words",
+        **without_clip(TITLE, "Chroma learnt from T5's states as they are", "T5"),
         "guidance_scale": "Chroma is not distilled and is told no guidance",
         "apply_t5_attn_mask": "T5's padding is always hidden from Chroma, but for one place",
         "attention": "Chroma's padding is hidden by torch's own attention",
@@ -71,6 +68,7 @@ class Chroma:
     defaults: Mapping[str, Any] = {
         "timestep_sampling": "sigmoid",
         "discrete_flow_shift": 1.0,
+        "t5xxl_max_token_length": T5_LENGTH,
     }
 
     def detect(self, weights: Tensors) -> bool:
@@ -94,11 +92,10 @@ class Chroma:
 
     def join(self, state_dicts: Mapping[str, Tensors]) -> Tensors:
         """Return the parts under single-file names (views): what `split` takes apart."""
-        text = t5_weights(state_dicts[T5])
         return joined(
             [
                 join_vae(state_dicts["vae"]),
-                Renamed(text, {OLD_T5_PREFIX + name: name for name in text}),
+                above(t5_weights(state_dicts[T5]), OLD_T5_PREFIX),
                 join_denoiser(state_dicts[DENOISER]),
             ]
         )
@@ -149,8 +146,13 @@ class Chroma:
 
     def reading_for(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Reading:
         """Return the reading with the tokens that the longest caption needs, up to the most of all."""
-        longest = t5_longest(parts.tokenizer, captions) + SEEN_PADDING
-        return replace(reading, t5_length=min(max(reading.t5_length or T5_LENGTH, longest), T5_LONGEST))
+        room = self.room(parts, captions, reading)
+        return replace(reading, t5_length=min(room.up(max(room.lengths) + SEEN_PADDING), T5_LONGEST))
+
+    def room(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Room:
+        """Return how long captions are for T5; the transformer sees one place of padding."""
+        length = reading.t5_length or T5_LENGTH
+        return t5_room(parts.tokenizer, captions, length, most=T5_LONGEST, padding=SEEN_PADDING)
 
     def encode_text(self, parts: Parts, tokens: Texts, reading: Reading) -> Texts:
         """Return T5's states (B, L, D), and 1 where the transformer sees a place (B, L), in their dtype."""

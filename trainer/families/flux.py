@@ -16,18 +16,19 @@ from ..block_weights import Blocks
 from ..errors import LoraGraftError
 from ..objective import FLUX_MU, Flow, Objective
 from ..parts import DENOISER, Parts, Target
-from .base import Look, Reading, Tensors, Texts, untold
+from .base import Look, Reading, Room, Tensors, Texts, untold
 from .modules.autoencoder import FLUX_SCALE, FLUX_SHIFT, decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built, unfit
 from .modules.flux_blocks import PATCH, FluxTransformer, flux_config
 from .names import flux_keys
 from .names.ldm_keys import UNET_PREFIX
 from .names.ldm_vae import join_vae, split_vae, vae_from_folder
+from .names.prefixes import above, below
 from .names.vae_prefix import with_ldm_prefix, with_newer_prefix
 from .sources.weights import joined
 from .targets.flux_targets import find_flux_targets
 from .text.clip_text import clip_tokens, load_clip_text, text_width
-from .text.t5_text import check_t5_tokenizer, encode_t5, load_t5, t5_longest, t5_tokens, t5_weights
+from .text.t5_text import check_t5_tokenizer, encode_t5, load_t5, t5_longest, t5_room, t5_tokens, t5_weights
 
 TITLE = "Flux.1"
 CLIP_LENGTH = "of CLIP, Flux sees only the pooled state; t5xxl_max_token_length is T5's"
@@ -96,6 +97,7 @@ class Flux:
         self.metadata: Mapping[str, str] = {
             "ss_base_model_version": "flux1",
             "ss_model_type": "flux",
+            "ss_network_module": "networks.lora_flux",
             "modelspec.architecture": f"flux-1-{version.reference}/lora",
             "modelspec.implementation": "https://github.com/black-forest-labs/flux",
         }
@@ -110,7 +112,11 @@ class Flux:
             **dict.fromkeys(("conv_dim", "conv_block_dims", "conv_block_alphas"), "Flux has no convolutions"),
             **version.ignored,
         }
-        self.defaults: Mapping[str, Any] = {"text_encoder_lr": 0.0, **version.defaults}
+        self.defaults: Mapping[str, Any] = {
+            "text_encoder_lr": 0.0,
+            "t5xxl_max_token_length": version.t5_length,
+            **version.defaults,
+        }
 
     def detect(self, weights: Tensors) -> bool:
         """Say whether single-file weights belong to this version: dev has layers for its guidance scale."""
@@ -122,7 +128,7 @@ class Flux:
             DENOISER: flux_keys.split_denoiser(weights),
             "vae": split_vae(with_ldm_prefix(weights)),
             CLIP: flux_keys.split_clip(weights),
-            T5: t5_weights(flux_keys.below(weights, flux_keys.T5_PREFIX)),
+            T5: t5_weights(below(weights, flux_keys.T5_PREFIX)),
         }
 
     def join(self, state_dicts: Mapping[str, Tensors]) -> Tensors:
@@ -130,8 +136,8 @@ class Flux:
         return joined(
             [
                 with_newer_prefix(join_vae(state_dicts["vae"])),
-                flux_keys.above(t5_weights(state_dicts[T5]), flux_keys.T5_PREFIX),
-                flux_keys.above(state_dicts[CLIP], flux_keys.CLIP_PREFIX),
+                above(t5_weights(state_dicts[T5]), flux_keys.T5_PREFIX),
+                above(state_dicts[CLIP], flux_keys.CLIP_PREFIX),
                 flux_keys.join_denoiser(state_dicts[DENOISER]),
             ]
         )
@@ -193,6 +199,14 @@ class Flux:
         """Return the reading with as many of T5's tokens as the longest caption needs; CLIP's is cut."""
         longest = t5_longest(parts.tokenizers[T5], captions)
         return replace(reading, t5_length=max(self._length(reading), longest))
+
+    def room(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Room:
+        """Return how long captions are for T5; that CLIP reads less is the model's way.
+
+        T5's padding is seen, and was when the model learnt, unless it is hidden.
+        """
+        padding = 0 if reading.mask_padding else None
+        return t5_room(parts.tokenizers[T5], captions, self._length(reading), padding=padding)
 
     def encode_text(self, parts: Parts, tokens: Texts, reading: Reading) -> Texts:
         """Return T5's states (B, L, D), CLIP's pooled state (B, P), and the mask (B, L) of hidden padding."""

@@ -13,7 +13,7 @@ from ..errors import LoraGraftError
 from ..objective import Objective
 from ..objective.flow import Flow
 from ..parts import DENOISER, Parts, Target
-from .base import Look, Reading, Tensors, Texts, untold
+from .base import Look, Reading, Room, Tensors, Texts, untold, without_clip
 from .modules.building import assign, built, count
 from .modules.flux2_model import Flux2Transformer, flux2_config
 from .modules.flux2_vae import flux2_decoded, flux2_moments, load_flux2_vae
@@ -22,14 +22,14 @@ from .names.flux2_keys import flux2_from_diffusers, join_flux2_vae, split_flux2_
 from .names.flux_keys import join_denoiser, split_denoiser
 from .names.ldm_keys import UNET_PREFIX
 from .names.ldm_vae import vae_from_folder
+from .names.prefixes import above, below
 from .names.vae_prefix import with_ldm_prefix, with_newer_prefix
-from .sources.weights import Renamed, joined
+from .sources.weights import joined
 from .targets.block_targets import find_block_targets
-from .text.flux2_text import LAYERS, encode_klein, klein_reading, klein_shapes, klein_tokens
+from .text.flux2_text import CHAT, LAYERS, encode_klein, klein_reading, klein_room, klein_shapes, klein_tokens
 from .text.qwen_text import load_qwen, qwen_weights
 
 TITLE = "FLUX.2 klein"
-CLIP_LENGTH = "FLUX.2 has no CLIP; t5xxl_max_token_length is its text encoder's"
 PIXELS = 16  # a side of a token
 TEXT = "text_encoder"
 WIDE = 4096  # the width of Qwen3 8B's states; 4B's are 2560 wide
@@ -59,6 +59,7 @@ class Flux2Klein:
     objective: Objective = Flow(dynamic=empirical_mu)
     metadata: Mapping[str, str] = {
         "ss_base_model_version": "flux2",
+        "ss_network_module": "networks.lora_flux_2",
         "modelspec.architecture": "flux-2-klein/lora",
         "modelspec.implementation": "https://github.com/black-forest-labs/flux2",
     }
@@ -71,11 +72,7 @@ class Flux2Klein:
     uses_sizes = False
     look = Look(50, 4.0)
     ignored: Mapping[str, str] = {
-        "clip_skip": "FLUX.2 has no CLIP",
-        **dict.fromkeys(("max_token_length", "tokenizer_repeats"), CLIP_LENGTH),
-        "conv_dim": "FLUX.2 has no convolutions",
-        "weighted_captions": "brackets are text to Qwen3",
-        "train_embeddings": "FLUX.2 has no CLIP to learn words",
+        **without_clip("FLUX.2", "brackets are text to Qwen3"),
         "guidance_scale": "FLUX.2 klein is told no guidance",
         "apply_t5_attn_mask": "FLUX.2 learnt with the padding behind a text in view",
         "attention": "FLUX.2's blocks take torch's own attention",
@@ -83,6 +80,7 @@ class Flux2Klein:
     defaults: Mapping[str, Any] = {
         "timestep_sampling": "flux_shift",
         "discrete_flow_shift": 1.0,
+        "t5xxl_max_token_length": CHAT.length,
     }
 
     def detect(self, weights: Tensors) -> bool:
@@ -92,11 +90,10 @@ class Flux2Klein:
     def split(self, weights: Tensors) -> dict[str, Tensors]:
         """Sort single-file weights into state dicts of the parts' modules (views)."""
         prefix = next((p for p in TEXT_PREFIXES if any(k.startswith(p) for k in weights)), TEXT_PREFIXES[0])
-        text = {k.removeprefix(prefix): k for k in weights if k.startswith(prefix)}
         return {
             DENOISER: split_denoiser(weights),
             "vae": split_flux2_vae(with_ldm_prefix(weights)),
-            TEXT: qwen_weights(Renamed(weights, text)),
+            TEXT: qwen_weights(below(weights, prefix)),
         }
 
     def join(self, state_dicts: Mapping[str, Tensors]) -> Tensors:
@@ -106,7 +103,7 @@ class Flux2Klein:
         return joined(
             [
                 with_newer_prefix(join_flux2_vae(state_dicts["vae"])),
-                Renamed(text, {f"{prefix}model.{name}": name for name in text}),
+                above(text, prefix + "model."),
                 join_denoiser(state_dicts[DENOISER]),
             ]
         )
@@ -152,6 +149,10 @@ class Flux2Klein:
     def reading_for(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Reading:
         """Return the reading with the model's own length, or with more for a caption that it would cut."""
         return klein_reading(parts.tokenizer, captions, reading)
+
+    def room(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Room:
+        """Return how long captions are with what stands around them, and how much is read."""
+        return klein_room(parts.tokenizer, captions, reading)
 
     def encode_text(self, parts: Parts, tokens: Texts, reading: Reading) -> Texts:
         """Return Qwen3's states (B, L, 3 D)."""

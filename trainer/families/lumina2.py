@@ -13,7 +13,7 @@ from ..block_weights import Blocks
 from ..objective import Objective
 from ..objective.flow import Flow
 from ..parts import DENOISER, Parts, Target
-from .base import Look, Reading, Tensors, Texts, untold
+from .base import Look, Reading, Room, Tensors, Texts, untold, without_clip
 from .modules.autoencoder import FLUX_SCALE, FLUX_SHIFT, decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built
 from .modules.lumina2_model import Block, GroupedAttention, Lumina2Transformer, lumina2_config
@@ -21,13 +21,13 @@ from .modules.z_image_model import PATCH, FinalLayer
 from .names.ldm_keys import UNET_PREFIX
 from .names.ldm_vae import join_vae, split_vae, vae_from_folder
 from .names.lumina2_keys import lumina2_from_diffusers
+from .names.prefixes import above, below
 from .names.vae_prefix import with_ldm_prefix, with_newer_prefix
-from .sources.weights import Renamed, joined
+from .sources.weights import joined
 from .targets.block_targets import find_block_targets
-from .text.gemma_text import encode_gemma, gemma_longest, gemma_tokens, gemma_weights, load_gemma
+from .text.gemma_text import encode_gemma, gemma_lengths, gemma_tokens, gemma_weights, load_gemma
 
 TITLE = "Lumina 2"
-CLIP_LENGTH = "Lumina 2 has no CLIP; t5xxl_max_token_length is its text encoder's"
 LATENT_CHANNELS = 16
 SAMPLING_SHIFT = 6.0  # of the noise levels when images are drawn; training's is a setting
 TEXT, TEXT_PREFIX = "text_encoder", "text_encoders.gemma2_2b.transformer."
@@ -53,6 +53,7 @@ class Lumina2:
     objective: Objective = Flow(shift=SAMPLING_SHIFT)
     metadata: Mapping[str, str] = {
         "ss_base_model_version": "lumina2",
+        "ss_network_module": "networks.lora_lumina",
         "modelspec.architecture": "lumina-2/lora",
         "modelspec.implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
         "modelspec.prediction_type": "epsilon",  # what the reference trainer writes, though it is a flow
@@ -66,11 +67,7 @@ class Lumina2:
     uses_sizes = False
     look = Look(36, 4.0)
     ignored: Mapping[str, str] = {
-        "clip_skip": "Lumina 2 has no CLIP",
-        **dict.fromkeys(("max_token_length", "tokenizer_repeats"), CLIP_LENGTH),
-        "conv_dim": "Lumina 2 has no convolutions",
-        "weighted_captions": "brackets are text to Gemma 2",
-        "train_embeddings": "Lumina 2 has no CLIP to learn words",
+        **without_clip(TITLE, "brackets are text to Gemma 2"),
         "guidance_scale": "Lumina 2 is not distilled and is told no guidance",
         "apply_t5_attn_mask": "padding is always hidden from Lumina 2",
         "attention": "padding is hidden by torch's own attention",
@@ -78,6 +75,7 @@ class Lumina2:
     defaults: Mapping[str, Any] = {
         "timestep_sampling": "nextdit_shift",
         "discrete_flow_shift": 6.0,
+        "t5xxl_max_token_length": TEXT_LENGTH,
     }
 
     def detect(self, weights: Tensors) -> bool:
@@ -88,26 +86,17 @@ class Lumina2:
     def split(self, weights: Tensors) -> dict[str, Tensors]:
         """Sort single-file weights into state dicts of the parts' modules (views)."""
         weights = with_ldm_prefix(weights)
-        below = {k[len(UNET_PREFIX) :]: k for k in weights if k.startswith(UNET_PREFIX)}
-        text = {k[len(TEXT_PREFIX) :]: k for k in weights if k.startswith(TEXT_PREFIX)}
         return {
-            DENOISER: Renamed(weights, {new: old for new, old in below.items() if new not in UNUSED}),
+            DENOISER: below(weights, UNET_PREFIX, but=UNUSED),
             "vae": split_vae(weights),
-            TEXT: gemma_weights(Renamed(weights, text)),
+            TEXT: gemma_weights(below(weights, TEXT_PREFIX)),
         }
 
     def join(self, state_dicts: Mapping[str, Tensors]) -> Tensors:
         """Return the parts under single-file names (views): what `split` takes apart."""
-        denoiser, text = state_dicts[DENOISER], state_dicts[TEXT]
-        return with_newer_prefix(
-            joined(
-                [
-                    join_vae(state_dicts["vae"]),
-                    Renamed(text, {f"{TEXT_PREFIX}model.{name}": name for name in text}),
-                    Renamed(denoiser, {UNET_PREFIX + name: name for name in denoiser}),
-                ]
-            )
-        )
+        vae = join_vae(state_dicts["vae"])
+        text = above(state_dicts[TEXT], TEXT_PREFIX + "model.")
+        return with_newer_prefix(joined([vae, text, above(state_dicts[DENOISER], UNET_PREFIX)]))
 
     def from_folder(self, state_dicts: Mapping[str, Tensors]) -> dict[str, Tensors]:
         """Bring the parts of a diffusers folder to the modules' names: query, key and value become one."""
@@ -154,8 +143,13 @@ class Lumina2:
 
     def reading_for(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Reading:
         """Return the reading with the tokens that the longest caption needs, up to the most of all."""
-        longest = gemma_longest(parts.tokenizer, _told(captions))
-        return replace(reading, t5_length=min(max(reading.t5_length or TEXT_LENGTH, longest), TEXT_LONGEST))
+        room = self.room(parts, captions, reading)
+        return replace(reading, t5_length=min(room.up(max(room.lengths)), TEXT_LONGEST))
+
+    def room(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Room:
+        """Return how long captions are for Gemma with the system prompt; padding is hidden."""
+        lengths = gemma_lengths(parts.tokenizer, _told(captions))
+        return Room(lengths, reading.t5_length or TEXT_LENGTH, TEXT_LONGEST, padding=0)
 
     def encode_text(self, parts: Parts, tokens: Texts, reading: Reading) -> Texts:
         """Return Gemma's states (B, L, D), and 1 where a place (B, L) is no padding, in their dtype."""

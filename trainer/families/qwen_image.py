@@ -17,7 +17,7 @@ from ..errors import LoraGraftError
 from ..objective import Objective
 from ..objective.flow import Flow, LinearMu
 from ..parts import DENOISER, Parts, Target
-from .base import Look, Reading, Tensors, Texts, untold
+from .base import Look, Reading, Room, Tensors, Texts, untold, without_clip
 from .modules.building import assign, built, count
 from .modules.qwen_vae import (
     FACTOR,
@@ -30,6 +30,7 @@ from .modules.qwen_vae import (
 )
 from .modules.stream_blocks import packed, unpacked
 from .names.ldm_keys import UNET_PREFIX, VAE_PREFIX
+from .names.prefixes import above, below
 from .names.vae_prefix import with_ldm_prefix, with_newer_prefix
 from .sources.versions import newer
 from .sources.weights import Renamed, joined
@@ -38,6 +39,7 @@ from .text.qwen_text import (
     BEGIN,
     END,
     Chat,
+    chat_room,
     chat_shapes,
     chat_tokens,
     encode_chat,
@@ -47,7 +49,6 @@ from .text.qwen_text import (
 )
 
 TITLE = "Qwen-Image"
-CLIP_LENGTH = "Qwen-Image has no CLIP; t5xxl_max_token_length is its text encoder's"
 PATCH, CHANNELS = 2, 64  # of the transformer's input: 16 latent channels of 2x2 places
 THETA = 10_000
 TEXT, TEXT_PREFIX = "text_encoder", "text_encoders.qwen25_7b.transformer."
@@ -80,6 +81,7 @@ class QwenImage:
     objective: Objective = Flow(dynamic=LinearMu(top=0.9, top_tokens=8192), terminal=0.02)
     metadata: Mapping[str, str] = {
         "ss_base_model_version": "qwen_image",
+        "ss_network_module": "networks.lora_qwen_image",
         "modelspec.architecture": "Qwen-Image/lora",
         "modelspec.implementation": "https://github.com/QwenLM/Qwen-Image",
     }
@@ -92,11 +94,7 @@ class QwenImage:
     uses_sizes = False
     look = Look(50, 4.0)
     ignored: Mapping[str, str] = {
-        "clip_skip": "Qwen-Image has no CLIP",
-        **dict.fromkeys(("max_token_length", "tokenizer_repeats"), CLIP_LENGTH),
-        "conv_dim": "Qwen-Image has no convolutions",
-        "weighted_captions": "brackets are text to Qwen2.5-VL",
-        "train_embeddings": "Qwen-Image has no CLIP to learn words",
+        **without_clip(TITLE, "brackets are text to Qwen2.5-VL"),
         "guidance_scale": "Qwen-Image is not distilled and is told no guidance",
         "apply_t5_attn_mask": "padding is always hidden from Qwen-Image",
         "attention": "padding is hidden by torch's own attention",
@@ -105,6 +103,7 @@ class QwenImage:
     defaults: Mapping[str, Any] = {
         "timestep_sampling": "shift",
         "discrete_flow_shift": 2.2,
+        "t5xxl_max_token_length": CHAT.length,
     }
 
     def detect(self, weights: Tensors) -> bool:
@@ -118,20 +117,20 @@ class QwenImage:
         vae = [k[len(VAE_PREFIX) :] for k in weights if k.startswith(VAE_PREFIX)]
         names = {new: VAE_PREFIX + old for new, old in vae_names(vae).items()}
         return {
-            DENOISER: _below(weights, TOP),
+            DENOISER: below(weights, TOP),
             "vae": Renamed(weights, names),
-            TEXT: qwen_weights(_below(weights, TEXT_PREFIX)),
+            TEXT: qwen_weights(below(weights, TEXT_PREFIX)),
         }
 
     def join(self, state_dicts: Mapping[str, Tensors]) -> Tensors:
         """Return the parts under single-file names (views), the text encoder without its eyes."""
-        denoiser, vae, text = (state_dicts[part] for part in (DENOISER, "vae", TEXT))
+        vae = state_dicts["vae"]
         return with_newer_prefix(
             joined(
                 [
                     Renamed(vae, {VAE_PREFIX + new: old for new, old in file_names(vae).items()}),
-                    Renamed(text, {f"{TEXT_PREFIX}model.{name}": name for name in text}),
-                    Renamed(denoiser, {TOP + name: name for name in denoiser}),
+                    above(state_dicts[TEXT], TEXT_PREFIX + "model."),
+                    above(state_dicts[DENOISER], TOP),
                 ]
             )
         )
@@ -174,6 +173,10 @@ class QwenImage:
     def reading_for(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Reading:
         """Return the reading with the places that the longest caption needs, up to the most of all."""
         return long_enough(parts.tokenizer, captions, reading, CHAT)
+
+    def room(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Room:
+        """Return how long captions are with what stands around them, and how much is read."""
+        return chat_room(parts.tokenizer, captions, reading, CHAT)
 
     def encode_text(self, parts: Parts, tokens: Texts, reading: Reading) -> Texts:
         """Return the text encoder's states (B, L, D), and 1 for the places (B, L) of the caption, else 0."""
@@ -276,7 +279,3 @@ def _load_transformer(sd: Tensors) -> nn.Module:
     # Its tables are no buffers, so they were made on the meta device.
     model.pos_embed = rope_class(theta=THETA, axes_dim=list(config["axes_dims_rope"]), scale_rope=True)
     return cast(nn.Module, model)
-
-
-def _below(weights: Tensors, prefix: str) -> Tensors:
-    return Renamed(weights, {k[len(prefix) :]: k for k in weights if k.startswith(prefix)})

@@ -15,7 +15,7 @@ from torch import nn
 from ..block_weights import SD1, Blocks
 from ..objective import NoiseSchedule, Objective
 from ..parts import Parts, Target
-from .base import Look, Reading, Tensors, Texts, untold
+from .base import Look, Reading, Room, Tensors, Texts, untold
 from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built
 from .modules.unet import block_of, check_context, predict_unet, unet_config
@@ -26,6 +26,7 @@ from .names.ldm_keys import (
     unet_to_ldm,
 )
 from .names.ldm_vae import join_vae, split_vae, vae_from_folder
+from .names.prefixes import above
 from .names.unet_kinds import refuse_relatives, unet_kind
 from .sources.weights import Renamed, joined
 from .targets.targets import find_targets
@@ -85,7 +86,7 @@ class SD15:
         return joined(
             [
                 join_vae(vae),
-                Renamed(text, {TEXT_PREFIX + name: name for name in text}),
+                above(text, TEXT_PREFIX),
                 Renamed(unet, {UNET_PREFIX + new: old for new, old in unet_to_ldm(unet).items()}),
             ]
         )
@@ -139,6 +140,10 @@ class SD15:
     def reading_for(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Reading:
         """Return the reading with as many chunks as the longest caption needs."""
         return clip_text.long_enough(parts.tokenizer, captions, reading, parts.words)
+
+    def room(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Room:
+        """Return how long captions are for CLIP, and how much it reads; see `clip_room`."""
+        return clip_text.clip_room(parts.tokenizer, captions, reading, parts.words)
 
     def encode_text(self, parts: Parts, tokens: Texts, reading: Reading) -> Texts:
         """Return the conditioning (B, chunks*75+2, D)."""

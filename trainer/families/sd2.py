@@ -16,7 +16,7 @@ from torch import nn
 from ..block_weights import SD1, Blocks
 from ..objective import NoiseSchedule, Objective
 from ..parts import Parts, Target
-from .base import Look, Reading, Tensors, Texts, untold
+from .base import Look, Reading, Room, Tensors, Texts, untold
 from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built, count
 from .modules.unet import block_of, check_context, predict_unet, unet_config
@@ -166,6 +166,10 @@ class SD2:
     def reading_for(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Reading:
         """Return the reading with as many chunks as the longest caption needs."""
         return clip_text.long_enough(parts.tokenizer, captions, reading, parts.words)
+
+    def room(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Room:
+        """Return how long captions are for CLIP, and how much it reads; see `clip_room`."""
+        return clip_text.clip_room(parts.tokenizer, captions, reading, parts.words)
 
     def encode_text(self, parts: Parts, tokens: Texts, reading: Reading) -> Texts:
         """Return the conditioning (B, chunks*75+2, D); clip_skip counts from the last layer that is used."""

@@ -17,12 +17,13 @@ from ..block_weights import Blocks
 from ..errors import LoraGraftError
 from ..objective import Flow, Objective
 from ..parts import DENOISER, Parts, Target
-from .base import Look, Reading, Tensors, Texts, untold
+from .base import Look, Reading, Room, Tensors, Texts, untold
 from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built, unfit
 from .modules.sd3_blocks import build_mmdit, mmdit_config
 from .names.ldm_vae import join_vae, split_vae, vae_from_folder
 from .names.pieces import Pieced
+from .names.prefixes import above, below
 from .names.sd3_keys import MMDIT_PREFIX, from_authors, from_diffusers, to_authors
 from .sources.weights import Renamed, joined
 from .targets.sd3_targets import find_sd3_targets
@@ -32,11 +33,13 @@ from .text.sd3_text import (
     CLIP_G,
     CLIP_L,
     T5,
+    T5_LENGTH,
     check_widths,
     conditioning,
     context_widths,
     longer,
     num_places,
+    room_of,
     tokens_of,
 )
 from .text.t5_text import check_t5_tokenizer, load_t5, t5_weights
@@ -106,13 +109,18 @@ class SD3:
         **dict.fromkeys(("down_lr_weight", "mid_lr_weight", "up_lr_weight"), BLOCK_WEIGHTS),
         **dict.fromkeys(("block_dims", "block_alphas"), BLOCK_DIMS),
     }
-    defaults: Mapping[str, Any] = {"model_prediction_type": "denoised", "timestep_sampling": "uniform"}
+    defaults: Mapping[str, Any] = {
+        "model_prediction_type": "denoised",
+        "timestep_sampling": "uniform",
+        "t5xxl_max_token_length": T5_LENGTH,
+    }
 
     def __init__(self, name: str) -> None:
         version = VERSIONS[name]
         self.name, self.look = name, version.look
         self.metadata: Mapping[str, str] = {
             "ss_base_model_version": version.reference,
+            "ss_network_module": "networks.lora_sd3",
             "modelspec.architecture": f"stable-diffusion-3-{version.reference}/lora",
             "modelspec.implementation": "diffusers",
             "modelspec.prediction_type": "epsilon",  # what the reference trainer writes, though it is a flow
@@ -136,11 +144,11 @@ class SD3:
     def join(self, state_dicts: Mapping[str, Tensors]) -> Tensors:
         """Return the parts under single-file names (views): what `split` takes apart."""
         mmdit = state_dicts[DENOISER]
-        files = [Renamed(mmdit, {MMDIT_PREFIX + new: old for new, old in to_authors(mmdit).items()})]
+        names = {MMDIT_PREFIX + new: old for new, old in to_authors(mmdit).items()}
+        files: list[Tensors] = [Renamed(mmdit, names)]
         for part, kind in TEXTS.items():
             if part in state_dicts:
-                names = {_text_prefix(kind) + name: name for name in state_dicts[part]}
-                files.append(Renamed(state_dicts[part], names))
+                files.append(above(state_dicts[part], _text_prefix(kind)))
         return joined([*files, join_vae(state_dicts["vae"])])
 
     def from_folder(self, state_dicts: Mapping[str, Tensors]) -> dict[str, Tensors]:
@@ -197,6 +205,10 @@ class SD3:
     def reading_for(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Reading:
         """Return the reading with as many chunks for CLIP and tokens for T5 as the longest captions need."""
         return longer(parts, captions, reading)
+
+    def room(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Room:
+        """Return how long captions are for T5, or for CLIP where T5 is missing; see `room_of`."""
+        return room_of(parts, captions, reading)
 
     def encode_text(self, parts: Parts, tokens: Texts, reading: Reading) -> Texts:
         """Return the conditioning (B, L, W) and its pooled part (B, P)."""
@@ -257,8 +269,8 @@ def _named(part: str, weights: Tensors, prefix: str) -> Tensors:
         if part == CLIP_L:  # SD3 takes its pooled state before the projection, where a host may hold anything
             names.pop(PROJECTION, None)
         return Pieced(weights, names)
-    below = {k[len(prefix) :]: k for k in weights if k.startswith(prefix)}
-    return t5_weights(Renamed(weights, below)) if below else {}
+    text = below(weights, prefix)
+    return t5_weights(text) if text else {}
 
 
 def _text(part: str, sd: Tensors, tokenizer: Any) -> nn.Module:

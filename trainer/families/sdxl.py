@@ -16,7 +16,7 @@ from ..block_weights import SDXL as SDXL_BLOCKS
 from ..block_weights import Blocks
 from ..objective import NoiseSchedule, Objective
 from ..parts import Parts, Target
-from .base import Look, Reading, Tensors, Texts
+from .base import Look, Reading, Room, Tensors, Texts
 from .modules.autoencoder import decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built
 from .modules.sdxl_unet import config_of, sdxl_targets
@@ -24,6 +24,7 @@ from .modules.unet import check_context, predict_unet
 from .names.ldm_keys import UNET_PREFIX, unet_to_diffusers, unet_to_ldm
 from .names.ldm_vae import join_vae, split_vae, vae_from_folder
 from .names.pieces import Pieced
+from .names.prefixes import above
 from .names.unet_kinds import refuse_relatives, unet_kind
 from .sources.weights import Renamed, joined
 from .text import clip_text
@@ -98,7 +99,7 @@ class SDXL:
         return joined(
             [
                 join_vae(state_dicts["vae"]),
-                Renamed(text, {SGM_L + name: name for name in text}),
+                above(text, SGM_L),
                 Pieced(text_2, {SGM_G + name: recipe for name, recipe in from_hf(text_2).items()}),
                 Renamed(unet, {UNET_PREFIX + new: old for new, old in unet_to_ldm(unet).items()}),
             ]
@@ -160,6 +161,10 @@ class SDXL:
     def reading_for(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Reading:
         """Return the reading with as many chunks as the longest caption needs."""
         return clip_text.long_enough(parts.tokenizer, captions, reading, parts.words)
+
+    def room(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Room:
+        """Return how long captions are for CLIP, and how much it reads; see `clip_room`."""
+        return clip_text.clip_room(parts.tokenizer, captions, reading, parts.words)
 
     def encode_text(self, parts: Parts, tokens: Texts, reading: Reading) -> Texts:
         """Return the conditioning (B, chunks*75+2, D1 + D2) and the second encoder's pooled state (B, P).

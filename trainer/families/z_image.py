@@ -16,20 +16,22 @@ from ..errors import LoraGraftError
 from ..objective import Objective
 from ..objective.flow import Flow
 from ..parts import DENOISER, Parts, Target
-from .base import Look, Reading, Tensors, Texts, untold
+from .base import Look, Reading, Room, Tensors, Texts, untold, without_clip
 from .modules.autoencoder import FLUX_SCALE, FLUX_SHIFT, decoded, load_vae, moments_of, scaled_latents
 from .modules.building import assign, built
 from .modules.z_image_model import PATCH, Attention, Block, ZImageTransformer, z_image_config
 from .names.ldm_keys import UNET_PREFIX
 from .names.ldm_vae import join_vae, split_vae, vae_from_folder
 from .names.pieces import Pieced, Recipe, stacked
+from .names.prefixes import above, below
 from .names.vae_prefix import with_ldm_prefix, with_newer_prefix
-from .sources.weights import Renamed, joined
+from .sources.weights import joined
 from .targets.block_targets import find_block_targets
 from .text.qwen_text import (
     BEGIN,
     END,
     Chat,
+    chat_room,
     chat_shapes,
     chat_tokens,
     encode_chat,
@@ -39,7 +41,6 @@ from .text.qwen_text import (
 )
 
 TITLE = "Z-Image"
-CLIP_LENGTH = "Z-Image has no CLIP; t5xxl_max_token_length is its text encoder's"
 LATENT_CHANNELS = 16
 SAMPLING_SHIFT = 3.0  # of the noise levels when images are drawn; training's is a setting
 TEXT, TEXT_PREFIX = "text_encoder", "text_encoders.qwen3_4b.transformer."
@@ -69,6 +70,7 @@ class ZImage:
     objective: Objective = Flow(shift=SAMPLING_SHIFT)
     metadata: Mapping[str, str] = {
         "ss_base_model_version": "z_image",
+        "ss_network_module": "networks.lora_zimage",
         "modelspec.architecture": "Z-Image/lora",
         "modelspec.implementation": "https://github.com/Tongyi-MAI/Z-Image",
     }
@@ -81,11 +83,7 @@ class ZImage:
     uses_sizes = False
     look = Look(28, 4.0)  # the base's; Turbo draws in 8 steps without a negative prompt
     ignored: Mapping[str, str] = {
-        "clip_skip": "Z-Image has no CLIP",
-        **dict.fromkeys(("max_token_length", "tokenizer_repeats"), CLIP_LENGTH),
-        "conv_dim": "Z-Image has no convolutions",
-        "weighted_captions": "brackets are text to Qwen3",
-        "train_embeddings": "Z-Image has no CLIP to learn words",
+        **without_clip(TITLE, "brackets are text to Qwen3"),
         "guidance_scale": "Z-Image is told no guidance",
         "apply_t5_attn_mask": "padding is always hidden from Z-Image, but for its own padding tokens",
         "attention": "padding is hidden by torch's own attention",
@@ -93,6 +91,7 @@ class ZImage:
     defaults: Mapping[str, Any] = {
         "timestep_sampling": "shift",
         "discrete_flow_shift": 2.0,
+        "t5xxl_max_token_length": CHAT.length,
     }
 
     def detect(self, weights: Tensors) -> bool:
@@ -103,26 +102,17 @@ class ZImage:
     def split(self, weights: Tensors) -> dict[str, Tensors]:
         """Sort single-file weights into state dicts of the parts' modules (views)."""
         weights = with_ldm_prefix(weights)
-        below = {k[len(TOP) :]: k for k in weights if k.startswith(TOP)}
-        text = {k[len(TEXT_PREFIX) :]: k for k in weights if k.startswith(TEXT_PREFIX)}
         return {
-            DENOISER: Renamed(weights, {new: old for new, old in below.items() if new not in UNUSED}),
+            DENOISER: below(weights, TOP, but=UNUSED),
             "vae": split_vae(weights),
-            TEXT: qwen_weights(Renamed(weights, text)),
+            TEXT: qwen_weights(below(weights, TEXT_PREFIX)),
         }
 
     def join(self, state_dicts: Mapping[str, Tensors]) -> Tensors:
         """Return the parts under single-file names (views): what `split` takes apart."""
-        denoiser, text = state_dicts[DENOISER], state_dicts[TEXT]
-        return with_newer_prefix(
-            joined(
-                [
-                    join_vae(state_dicts["vae"]),
-                    Renamed(text, {f"{TEXT_PREFIX}model.{name}": name for name in text}),
-                    Renamed(denoiser, {TOP + name: name for name in denoiser}),
-                ]
-            )
-        )
+        vae = join_vae(state_dicts["vae"])
+        text = above(state_dicts[TEXT], TEXT_PREFIX + "model.")
+        return with_newer_prefix(joined([vae, text, above(state_dicts[DENOISER], TOP)]))
 
     def from_folder(self, state_dicts: Mapping[str, Tensors]) -> dict[str, Tensors]:
         """Bring the parts of a diffusers folder to the modules' names: query, key and value become one."""
@@ -171,6 +161,10 @@ class ZImage:
     def reading_for(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Reading:
         """Return the reading with the places that the longest caption needs, up to the most of all."""
         return long_enough(parts.tokenizer, captions, reading, CHAT)
+
+    def room(self, parts: Parts, captions: Sequence[str], reading: Reading) -> Room:
+        """Return how long captions are with what stands around them, and how much is read."""
+        return chat_room(parts.tokenizer, captions, reading, CHAT)
 
     def encode_text(self, parts: Parts, tokens: Texts, reading: Reading) -> Texts:
         """Return the text encoder's states (B, L, D), and 1 for the places (B, L) of the caption, else 0."""

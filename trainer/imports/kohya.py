@@ -19,7 +19,16 @@ from .kohya_flow import flow_settings
 from .kohya_network import read_network
 from .kohya_scripts import FLUX, TRANSFORMERS, Script, of_model
 from .kohya_text import read_values
-from .kohya_values import encoder_rates, library_options, optimizer, relative_steps, resolution
+from .kohya_values import (
+    encoder_rates,
+    library_options,
+    optimizer,
+    relative_steps,
+    resolution,
+    token_length,
+    untrained_rates,
+)
+from .lora_scripts import PROMPTS, prompt_lines
 
 # A setting, what it needs one of; kohya's trainer goes on without it where there is none of them.
 WITHOUT_EFFECT: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -56,7 +65,9 @@ def read_kohya(text: str, *, where: str = "config") -> Imported:
     settings: dict[str, Any] = {}
     places: dict[str, str] = {}
     for name, value in values.items():
-        if name in table.PLACES:
+        if name == PROMPTS and (lines := prompt_lines(value)):
+            settings[name] = lines
+        elif name in table.PLACES:
             places[name] = value
         elif name in table.NOTED and value is not False:
             found.notes.append(f"{name}: {table.NOTED[name][1]}.")
@@ -115,7 +126,7 @@ def _translate(script: Script, values: Mapping[str, Any], settings: dict[str, An
         settings["base_storage"] = "fp8"
     if log := values.get("log_with"):
         if log == "tensorboard":
-            settings["log_with"] = log
+            found.notes.append("log_with tensorboard: where it is installed; log.jsonl holds the same.")
         else:
             found.refuse(
                 f"log_with {one_line(log, 40)}", "nothing is sent anywhere", "set log_with to tensorboard"
@@ -129,6 +140,8 @@ def _translate(script: Script, values: Mapping[str, Any], settings: dict[str, An
         script,
     )
     settings |= encoder_rates(script, values.get("text_encoder_lr"), settings, found)
+    untrained_rates(settings, found)
+    token_length(settings, found)
     relative_steps(settings, found)
     if (
         "clip" in script.encoders
@@ -178,7 +191,7 @@ def _drop_idle(script: Script, settings: dict[str, Any], places: Mapping[str, st
         if settings.get(name) and not any(settings.get(other) or places.get(other) for other in needed):
             del settings[name]
             found.notes.append(f"{name}: without {' or '.join(needed)} it does nothing.")
-    if "sample_prompts" in places:
+    if PROMPTS in places or PROMPTS in settings:
         settings |= {"sample_steps": script.sample_steps, "sample_cfg": script.sample_cfg}
 
 

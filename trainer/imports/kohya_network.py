@@ -214,10 +214,18 @@ def _unknown(module: str, name: str, found: Findings) -> None:
         found.refuse(
             f"network_args {name}",
             f"{module} ignores it; {' and '.join(others)} {'reads' if len(others) == 1 else 'read'} it",
-            f"set network_module to {others[0]}, or remove {name}",
+            _remedy(module, others[0], name),
         )
     else:
         found.not_known(name, KEYS[module])
+
+
+def _remedy(module: str, other: str, name: str) -> str:
+    """Say what to do about another module's key; the module of a base of its own cannot be exchanged."""
+    if module not in (FLUX, SD3):
+        return f"set network_module to {other}, or remove {name}"
+    by_pattern = name in BLOCKS and "network_reg_lrs" in KEYS[module]
+    return "remove it" + (" (network_reg_lrs gives rates of blocks by pattern)" if by_pattern else "")
 
 
 def _of_transformer(module: str, result: Mapping[str, Any], found: Findings) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ..data.kohya_keys import SWITCH
 from ..errors import listed, one_line
 from . import kohya_scripts as scripts
 from . import kohya_table as table
+from . import lora_scripts
 from .command_text import Command, read_command
 from .imported import Findings, foreign, not_readable
 from .kohya_network import KEYS as NETWORK_KEYS
@@ -38,7 +39,9 @@ def _of_toml(parsed: Mapping[str, Any], found: Findings) -> tuple[scripts.Script
     given: dict[str, Any] = {}
     pairs = [(key, value) for key, value in _flat(parsed) if value not in ("", None)]
     script = scripts.script_of({key: value for key, value in pairs if value is not False})
-    for key, value in pairs:
+    page = {key: value for key, value in pairs if key in lora_scripts.KEYS}
+    rest = [pair for pair in pairs if pair[0] not in page]
+    for key, value in [*rest, *lora_scripts.sample_prompts(page, found).items()]:
         name = _known(key, value, script, found)
         if name is None:
             continue

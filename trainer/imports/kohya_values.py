@@ -17,6 +17,12 @@ from .kohya_scripts import Script
 from .kohya_table import RATES, STEPS, WORDS
 
 WRONG = object()
+CHUNK = 75  # tokens that CLIP reads at once
+# A switch -> the rates of what it leaves out.
+UNTRAINED: Mapping[str, Sequence[str]] = {
+    "network_train_unet_only": tuple(ENCODER_RATES.values()),
+    "network_train_text_encoder_only": ("unet_lr",),
+}
 
 # What the libraries that kohya's trainer takes use where optimizer_args say nothing, as far as the options
 # here differ (dadaptation 3.2, prodigyopt 1.0).
@@ -125,6 +131,26 @@ def encoder_rates(script: Script, value: Any, settings: dict[str, Any], found: F
             "text_encoder_lr: networks.lora takes the first rate for both text encoders; here each counts."
         )
     return _by_encoder(script.encoders, rates + rates[-1:] * (count - len(rates)), trains_t5)
+
+
+def untrained_rates(settings: dict[str, Any], found: Findings) -> None:
+    """Drop rates of what is switched off: kohya's trainer leaves that part out all the same."""
+    for switch, names in UNTRAINED.items():
+        for name in names if settings.get(switch) else ():
+            if settings.pop(name, None) is not None:
+                found.notes.append(f"{name}: {switch} leaves that part out, so it does nothing.")
+
+
+def token_length(settings: dict[str, Any], found: Findings) -> None:
+    """Replace a length such as lora-scripts' 255 by the multiple of 75 that kohya's trainer makes of it.
+
+    It cuts the tokens, two marks among them, into chunks of 75 and leaves the rest unread.
+    """
+    given = settings.get("max_token_length", CHUNK)
+    chunks = len(range(1, given - CHUNK + 2, CHUNK))
+    if given % CHUNK and 1 <= chunks <= 3:
+        settings["max_token_length"] = chunks * CHUNK
+        found.notes.append(f"max_token_length {given}: kohya's trainer reads {chunks * CHUNK} of it.")
 
 
 def _by_encoder(kinds: Sequence[str], rates: Sequence[float], trains_t5: bool) -> dict[str, float]:

@@ -24,6 +24,7 @@ from ..families.base import Texts
 from ..families.opening import Base
 from ..objective import generator
 from ..parts import Parts
+from .lengths import fitted
 from .noise import draw_noise, draw_timestep
 from .pictures import Pictures
 from .sizes import sizes_of
@@ -81,6 +82,8 @@ class Inputs:
         self.pictures = Pictures(base, parts, train_set, config, precision, cache)
         self.texts = Captions(base, parts, train_set, config, precision, cache, total_steps)
         self.keeps_text = keeps_text(train_set, train_text, config)
+        if self.keeps_text:
+            self.texts.reading = fitted(base.family, parts, train_set, self.texts.reading)
         uses = zip(train_set.records, train_set.configs, strict=True)
         self.is_weighted = any(record.is_reg and data.prior_loss_weight != 1 for record, data in uses)
         self.is_masked = self.pictures.is_masked

@@ -104,12 +104,9 @@ class Lumina2Transformer(nn.Module):
             caption = block(caption, seen, of_text)
         both = torch.cat((caption, x), dim=1)
         all_seen = torch.cat((seen, seen.new_ones(x.shape[:2])), dim=1)
-        cos, sin = (
-            torch.cat((a.expand(len(both), -1, -1, -1), b), dim=2)
-            for a, b in zip(of_text, of_image, strict=True)
-        )
+        rope = torch.cat((of_text.expand(len(both), -1, -1, -1), of_image), dim=2)
         for block in self.layers:
-            both = block(both, all_seen, (cos, sin), time)
+            both = block(both, all_seen, rope, time)
         out = self._channels_first(self.final_layer(both[:, text.shape[1] :], time))
         return -unpacked(out, PATCH, height, width)
 

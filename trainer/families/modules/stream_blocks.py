@@ -10,14 +10,20 @@ A modulation is (B, n, D): shift, scale and gate, for attention and, in double b
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
+from ...engine.made import made, through
+from ...engine.makes import SWIGLU, Activated, Activation, Beside, Gelu, Modulated
 from .rotary import Rotation, rotate
 
 EPS = 1e-6
 FP16_LIMIT = 65504.0
+MODULATED = Modulated(EPS)
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # query, key, value, each (B, heads, L, D / heads)
 
 
@@ -45,30 +51,30 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(width // heads)
         self.proj = nn.Linear(width, width, bias=bias)
 
-    def forward(self, x: torch.Tensor) -> Heads:
-        """Return query, key and value for a stream (B, L, width)."""
-        normed: Heads = self.norm(split_heads(self.qkv(x), self.heads))
+    def forward(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> Heads:
+        """Return query, key and value for a stream (B, L, width), which is modulated first."""
+        normed: Heads = self.norm(split_heads(through(self.qkv, MODULATED, x, shift, scale), self.heads))
         return normed
 
 
-class SwiGLU(nn.Module):
-    """Half of the channels, through SiLU, times the other half (Shazeer 2020)."""
+class MLP(nn.Sequential):
+    """Two linear layers and what is between them; the second one makes its input again when it needs it."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., 2 n) -> (..., n)."""
-        gate, value = x.chunk(2, dim=-1)
-        return F.silu(gate) * value
+    def __init__(self, width: int, inside: int, *, gated: bool, bias: bool) -> None:
+        first = nn.Linear(width, 2 * inside if gated else inside, bias=bias)
+        super().__init__(first, nn.Identity(), nn.Linear(inside, width, bias=bias))  # numbered as in files
+        self.activated = Activated(activation(gated))
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
+        """Return (B, L, width) for a stream of that shape, which is modulated first."""
+        return through(self[2], self.activated, through(self[0], MODULATED, x, shift, scale))
 
 
-def activation(gated: bool) -> nn.Module:
+def activation(gated: bool) -> Activation:
     """Return the MLP's activation: SwiGLU, which halves the channels, or GELU."""
-    return SwiGLU() if gated else nn.GELU(approximate="tanh")
-
-
-def mlp(width: int, inside: int, *, gated: bool, bias: bool) -> nn.Sequential:
-    """Build an MLP of ``inside`` channels after the activation."""
-    first = nn.Linear(width, 2 * inside if gated else inside, bias=bias)
-    return nn.Sequential(first, activation(gated), nn.Linear(inside, width, bias=bias))
+    return SWIGLU if gated else Gelu("tanh")
 
 
 class DoubleBlock(nn.Module):
@@ -77,9 +83,9 @@ class DoubleBlock(nn.Module):
     def __init__(self, width: int, heads: int, inside: int, *, gated: bool, bias: bool) -> None:
         super().__init__()
         self.img_attn = SelfAttention(width, heads, bias=bias)
-        self.img_mlp = mlp(width, inside, gated=gated, bias=bias)
+        self.img_mlp = MLP(width, inside, gated=gated, bias=bias)
         self.txt_attn = SelfAttention(width, heads, bias=bias)
-        self.txt_mlp = mlp(width, inside, gated=gated, bias=bias)
+        self.txt_mlp = MLP(width, inside, gated=gated, bias=bias)
 
     def forward(
         self,
@@ -95,15 +101,14 @@ class DoubleBlock(nn.Module):
         ``rope`` and ``seen`` are those of text and image, in this order; see `attend`.
         """
         img_mods, txt_mods = img_mod[:, :, None].unbind(1), txt_mod[:, :, None].unbind(1)
-        of_txt = self.txt_attn(modulated(txt, *txt_mods[:2]))
-        of_img = self.img_attn(modulated(img, *img_mods[:2]))
+        of_txt = self.txt_attn(txt, *txt_mods[:2])
+        of_img = self.img_attn(img, *img_mods[:2])
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(of_txt, of_img, strict=True))
-        attended = attend(q, k, v, rope, seen)
-        length = txt.shape[1]
-        img = img + img_mods[2] * self.img_attn.proj(attended[:, length:])
-        img = img + img_mods[5] * self.img_mlp(modulated(img, *img_mods[3:5]))
-        txt = txt + txt_mods[2] * self.txt_attn.proj(attended[:, :length])
-        txt = txt + txt_mods[5] * self.txt_mlp(modulated(txt, *txt_mods[3:5]))
+        to_txt, to_img = attend(q, k, v, rope, seen).split((txt.shape[1], img.shape[1]), dim=1)
+        img = torch.addcmul(img, img_mods[2], self.img_attn.proj(to_img))
+        img = torch.addcmul(img, img_mods[5], self.img_mlp(img, *img_mods[3:5]))
+        txt = torch.addcmul(txt, txt_mods[2], self.txt_attn.proj(to_txt))
+        txt = torch.addcmul(txt, txt_mods[5], self.txt_mlp(txt, *txt_mods[3:5]))
         return finite(img), finite(txt)
 
 
@@ -116,24 +121,52 @@ class SingleBlock(nn.Module):
         self.linear1 = nn.Linear(width, 3 * width + (2 * inside if gated else inside), bias=bias)
         self.linear2 = nn.Linear(width + inside, width, bias=bias)
         self.norm = QKNorm(width // heads)
-        self.mlp_act = activation(gated)
+        self.beside = Beside(activation(gated))
 
     def forward(
         self, x: torch.Tensor, mod: torch.Tensor, rope: Rotation, seen: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the stream (B, L + N, width) for a modulation (B, 3, width)."""
         shift, scale, gate = mod[:, :, None].unbind(1)
-        projected = self.linear1(modulated(x, shift, scale))
-        qkv, inside = projected.tensor_split((3 * self.width,), dim=-1)
-        q, k, v = self.norm(split_heads(qkv, self.heads))
-        attended = attend(q, k, v, rope, seen)
-        return finite(x + gate * self.linear2(torch.cat((attended, self.mlp_act(inside)), dim=-1)))
+        *qkv, inside = cut(through(self.linear1, MODULATED, x, shift, scale), self.heads, self.width)
+        q, k, v = self.norm((qkv[0], qkv[1], qkv[2]))
+        out = through(self.linear2, self.beside, attend(q, k, v, rope, seen), inside)
+        return finite(torch.addcmul(x, gate, out))
 
 
 def split_heads(qkv: torch.Tensor, heads: int) -> Heads:
     """(B, L, 3 D) -> query, key and value, each (B, heads, L, D / heads)."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v, _ = cut(qkv, heads, qkv.shape[-1] // 3)
     return q, k, v
+
+
+def cut(rows: torch.Tensor, heads: int, width: int) -> tuple[torch.Tensor, ...]:
+    """(B, L, 3 D + n) -> query, key and value, each (B, heads, L, D / heads), and the rest (B, L, n)."""
+    parts: tuple[torch.Tensor, ...] = _Cut.apply(rows, heads, width)
+    return parts
+
+
+class _Cut(torch.autograd.Function):
+    """Views, whose gradients are written side by side once, where autograd would fill and add up zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, heads: int, width: int) -> tuple[torch.Tensor, ...]:
+        ctx.cut = (heads, width)
+        return _views(rows, heads, width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (batch, heads, length, channels), rest = grads[0].shape, grads[-1].shape[-1]
+        whole = grads[0].new_empty(batch, length, 3 * heads * channels + rest)
+        for part, grad in zip(_views(whole, *ctx.cut), grads, strict=True):
+            part.copy_(grad)
+        return whole, None, None
+
+
+def _views(rows: torch.Tensor, heads: int, width: int) -> tuple[torch.Tensor, ...]:
+    q, k, v = rows[..., : 3 * width].unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v, rows[..., 3 * width :]
 
 
 def attend(
@@ -151,7 +184,7 @@ def attend(
 
 def modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return the layer norm of x, scaled and shifted (adaptive layer norm, Peebles & Xie 2023)."""
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+    return made(MODULATED, x, shift, scale)
 
 
 def finite(x: torch.Tensor) -> torch.Tensor:

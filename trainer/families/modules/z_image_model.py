@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...engine.made import made, through
+from ...engine.makes import SiluTimes
 from ..base import Tensors
 from .building import count
 from .rotary import Rotation, grid, rotate, rotation
@@ -25,6 +27,7 @@ THETA = 256.0
 AXES = 3  # of positions: text, row, column
 EPS = 1e-5
 TIME_CHANNELS, STEPS = 256, 1000.0
+SILU_TIMES = SiluTimes()
 
 
 class Attention(nn.Module):
@@ -59,8 +62,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., width) -> (..., width)."""
-        out: torch.Tensor = self.w2(finite(F.silu(self.w1(x)) * self.w3(x)))
-        return out
+        gate, value = self.w1(x), self.w3(x)
+        if x.dtype == torch.float16:
+            out: torch.Tensor = self.w2(finite(made(SILU_TIMES, gate, value)))
+            return out
+        return through(self.w2, SILU_TIMES, gate, value)
 
 
 class Block(nn.Module):
@@ -90,9 +96,9 @@ class Block(nn.Module):
         mods = self.adaLN_modulation(time)[:, None].chunk(4, dim=-1)
         scale, gate, scale_ff, gate_ff = mods[0] + 1, mods[1].tanh(), mods[2] + 1, mods[3].tanh()
         attended = self.attention(self.attention_norm1(x) * scale, seen, rope)
-        x = x + gate * self.attention_norm2(finite(attended))
+        x = torch.addcmul(x, gate, self.attention_norm2(finite(attended)))
         fed = self.feed_forward(self.ffn_norm1(x) * scale_ff)
-        return x + gate_ff * self.ffn_norm2(finite(fed))
+        return torch.addcmul(x, gate_ff, self.ffn_norm2(finite(fed)))
 
 
 class FinalLayer(nn.Module):
@@ -187,7 +193,7 @@ class ZImageTransformer(nn.Module):
 
         both = torch.cat((x, caption), dim=1)
         all_seen = torch.cat((seen.new_ones(x.shape[:2]), seen), dim=1)
-        rope = _joined(of_image, of_text, len(both))
+        rope = torch.cat([turns.expand(len(both), -1, -1, -1) for turns in (of_image, of_text)], dim=2)
         for block in self.layers:
             both = block(both, all_seen, rope, time)
         return -_latents(self.final_layer(both[:, :real], time), height, width)
@@ -226,13 +232,6 @@ def _lengthened(text: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, t
     """Add hidden places up to a multiple of 32: a caption that fills its places has padding tokens too."""
     more = _up(text.shape[1]) - text.shape[1]
     return F.pad(text, (0, 0, 0, more)), F.pad(mask, (0, more))
-
-
-def _joined(a: Rotation, b: Rotation, batch: int) -> Rotation:
-    cos, sin = (
-        torch.cat([x.expand(batch, -1, -1, -1) for x in pair], dim=2) for pair in zip(a, b, strict=True)
-    )
-    return cos, sin
 
 
 def _rows(latents: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from ..base import Tensors
 from .ldm_keys import UNET_PREFIX
 from .pieces import Pieced, Recipe, stacked, swapped
+from .prefixes import below
 
 CLIP_PREFIX = "text_encoders.clip_l.transformer."
 T5_PREFIX = "text_encoders.t5xxl.transformer."
@@ -62,8 +63,8 @@ SWAPPED = "final_layer.adaLN_modulation.1"  # diffusers has the scale before the
 
 def split_denoiser(weights: Tensors) -> Tensors:
     """Return the transformer of single-file weights under the modules' names (views)."""
-    below = (k[len(UNET_PREFIX) :] for k in weights if k.startswith(UNET_PREFIX))
-    return Pieced(weights, {module_name(k): UNET_PREFIX + k for k in below})
+    names = (k[len(UNET_PREFIX) :] for k in weights if k.startswith(UNET_PREFIX))
+    return Pieced(weights, {module_name(k): UNET_PREFIX + k for k in names})
 
 
 def join_denoiser(denoiser: Tensors) -> Tensors:
@@ -80,16 +81,6 @@ def clip_from_folder(folder: Tensors) -> Tensors:
     """Bring a diffusers folder's CLIP text model to its full names."""
     bodies = (k for k in folder if not k.startswith("text_projection."))
     return _body(Pieced(folder, {k if k.startswith(BODY) else BODY + k: k for k in bodies}))
-
-
-def below(weights: Tensors, prefix: str) -> Tensors:
-    """Return what has a prefix, without it (views)."""
-    return Pieced(weights, {k.removeprefix(prefix): k for k in weights if k.startswith(prefix)})
-
-
-def above(weights: Tensors, prefix: str) -> Tensors:
-    """Return weights with a prefix (views)."""
-    return Pieced(weights, {prefix + k: k for k in weights})
 
 
 def _body(clip: Tensors) -> Tensors:

@@ -74,8 +74,8 @@ def refuse_other_formats(path: Path) -> None:
             "LG-BASE-001",
             f"The base model '{path.name}' does not exist.",
             where=str(path),
-            why="there is no such file.",
-            fix="check the path; quotes and a trailing space count as part of it",
+            why="there is no such file or folder; models are not fetched by a hub's name.",
+            fix="check the path (quotes and spaces at its ends count), or download the model first",
         )
     suffix = path.suffix.lower()
     if suffix not in (*SAFETENSORS, GGUF):

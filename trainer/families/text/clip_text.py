@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from ...errors import LoraGraftError
-from ..base import Reading, Tensors, Texts
+from ..base import Reading, Room, Tensors, Texts
 from ..modules.building import assign, built, check_tokenizer, count
 from .clip_tokens import CHUNK, caption_ids, in_chunks, weighted_ids
 
 HEAD_DIM = 64
+LONGEST = 225  # the greatest max_token_length
 PROJECTION = "text_projection.weight"  # of the pooled state
 Words = Mapping[str, Sequence[int]]
 
@@ -94,14 +95,20 @@ def clip_tokens(
     return torch.stack([in_chunks(tokenizer, ids, length, pad) for ids, _ in read]), torch.tensor(padded)
 
 
-def long_enough(tokenizer: Any, captions: Sequence[str], reading: Reading, words: Words) -> Reading:
-    """Return the reading with as many chunks as the longest caption needs."""
+def clip_room(tokenizer: Any, captions: Sequence[str], reading: Reading, words: Words) -> Room:
+    """Return how many tokens captions have without marks, and that chunks of 75 are read."""
     weighted = reading.weighted
     counts = [
         len(weighted_ids(tokenizer, c, words)[0] if weighted else caption_ids(tokenizer, c, words))
         for c in captions
     ]
-    return replace(reading, max_token_length=max(1, -(-max(counts) // CHUNK)) * CHUNK)
+    return Room(counts, reading.max_token_length, LONGEST, "max_token_length", CHUNK)
+
+
+def long_enough(tokenizer: Any, captions: Sequence[str], reading: Reading, words: Words) -> Reading:
+    """Return the reading with as many chunks as the longest caption needs."""
+    room = clip_room(tokenizer, captions, reading, words)
+    return replace(reading, max_token_length=room.up(max(1, *room.lengths)))
 
 
 def hidden_states(text: nn.Module, ids: torch.Tensor, clip_skip: int) -> torch.Tensor:

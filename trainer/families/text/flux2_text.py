@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..base import Reading, Texts
-from .qwen_text import BEGIN, END, Chat, chat_tokens, long_enough
+from ..base import Reading, Room, Texts
+from .qwen_text import BEGIN, END, Chat, chat_room, chat_tokens, long_enough
 
 LAYERS = (9, 18, 27)  # 0 are the embeddings
 CHAT = Chat(
@@ -22,6 +22,7 @@ CHAT = Chat(
     after=f"{END}\n{BEGIN}assistant\n<think>\n\n</think>\n\n",
     hidden=False,
     layer=LAYERS[-1],
+    padding=None,
 )
 
 
@@ -29,6 +30,11 @@ def klein_tokens(tokenizer: Any, captions: Sequence[str], reading: Reading) -> T
     """Return token ids (B, L) and 1 where one is no padding, both int64."""
     ids, mask = chat_tokens(tokenizer, captions, reading, CHAT)
     return ids.where(mask.bool(), torch.tensor(tokenizer.pad_token_id)), mask
+
+
+def klein_room(tokenizer: Any, captions: Sequence[str], reading: Reading) -> Room:
+    """Return how long captions are with what stands around them, and how much is read."""
+    return chat_room(tokenizer, captions, reading, CHAT)
 
 
 def klein_reading(tokenizer: Any, captions: Sequence[str], reading: Reading) -> Reading:

@@ -38,6 +38,7 @@ def gemma_config(sd: Tensors) -> dict[str, Any]:
         "num_key_value_heads": sd[f"{layer}k_proj.weight"].shape[0] // HEAD_DIM,
         "head_dim": HEAD_DIM,
         "query_pre_attn_scalar": HEAD_DIM,
+        "attn_implementation": "eager",  # the one that caps its logits, in all releases of transformers
     }
 
 
@@ -79,9 +80,9 @@ def gemma_tokens(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[
     return torch.tensor(padded), torch.tensor(mask)
 
 
-def gemma_longest(tokenizer: Any, captions: Sequence[str]) -> int:
-    """Return how many tokens the longest of these captions has, with its start."""
-    return max(len(tokenizer(caption, verbose=False)["input_ids"]) for caption in captions)
+def gemma_lengths(tokenizer: Any, captions: Sequence[str]) -> list[int]:
+    """Return how many tokens each of these captions has, with its start."""
+    return [len(tokenizer(caption, verbose=False)["input_ids"]) for caption in captions]
 
 
 def encode_gemma(encoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ...errors import LoraGraftError
-from ..base import Reading, Tensors, Texts
+from ..base import Reading, Room, Tensors, Texts
 from ..modules.building import assign, built, count
 from ..sources.versions import newer
 from ..sources.weights import Renamed
@@ -25,7 +25,6 @@ ROPE_BASE, EPS = 1_000_000.0, 1e-6
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 PREFIXES = ("model.language_model.", "language_model.model.", "model.")  # of files of the whole model
 UNUSED = ("visual.", "model.visual.", "lm_head.")
-MULTIPLE = 32  # lengths are rounded up to it, so that few differ
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,8 @@ class Chat:
 
     ``before`` and ``after`` stand around the caption. The denoiser does not see ``before`` if it is
     ``hidden``. ``layer`` is the layer whose states it sees, counted from the end; -1 are the last one's,
-    normalised. ``length`` is the usual number of places that it sees, ``longest`` the greatest.
+    normalised. ``length`` is the usual number of places that it sees, ``longest`` the greatest; ``padding``
+    as in `Room`.
     """
 
     before: str
@@ -43,6 +43,7 @@ class Chat:
     layer: int
     length: int = 512
     longest: int = 1024
+    padding: int | None = 0
 
     def hides(self, tokenizer: Any) -> int:
         """Return how many tokens at the beginning the denoiser does not see."""
@@ -113,10 +114,17 @@ def chat_tokens(tokenizer: Any, captions: Sequence[str], reading: Reading, chat:
     return torch.tensor(rows), torch.tensor(masks)
 
 
+def chat_room(tokenizer: Any, captions: Sequence[str], reading: Reading, chat: Chat) -> Room:
+    """Return how many places captions take with what stands around them, as the denoiser sees it."""
+    hides = chat.hides(tokenizer)
+    lengths = [len(_ids(tokenizer, chat.before + c + chat.after)) - hides for c in captions]
+    return Room(lengths, chat.places(reading), chat.longest, padding=chat.padding)
+
+
 def long_enough(tokenizer: Any, captions: Sequence[str], reading: Reading, chat: Chat) -> Reading:
     """Return the reading with the places that the longest caption needs, and no more, up to the greatest."""
-    most = max(len(_ids(tokenizer, chat.before + c + chat.after)) for c in captions) - chat.hides(tokenizer)
-    return replace(reading, t5_length=min(-(-most // MULTIPLE) * MULTIPLE, chat.longest))
+    room = chat_room(tokenizer, captions, reading, chat)
+    return replace(reading, t5_length=min(room.up(max(room.lengths)), chat.longest))
 
 
 def encode_chat(encoder: nn.Module, tokens: Texts, chat: Chat) -> Texts:

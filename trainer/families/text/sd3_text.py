@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from ...parts import Parts
-from ..base import Reading, Texts
+from ..base import Reading, Room, Texts
 from ..modules.building import unfit
-from .clip_text import clip_tokens, long_enough, text_body, text_width
+from .clip_text import clip_room, clip_tokens, long_enough, text_body, text_width
 from .clip_tokens import CHUNK
-from .t5_text import encode_t5, t5_longest, t5_tokens
+from .t5_text import encode_t5, t5_longest, t5_room, t5_tokens
 
 CLIP_L, CLIP_G, T5 = "text_encoder", "text_encoder_2", "text_encoder_3"
 T5_LENGTH = 256  # the reference trainer's
@@ -41,6 +41,16 @@ def tokens_of(parts: Parts, captions: Sequence[str], reading: Reading) -> Texts:
         else:
             found += clip_tokens(tokenizer, captions, reading, parts.words, pad=PADS[part])
     return tuple(found)
+
+
+def room_of(parts: Parts, captions: Sequence[str], reading: Reading) -> Room:
+    """Return how long captions are for T5, beside which CLIP need not read them whole; without it for CLIP.
+
+    The transformer sees T5's padding, and its number belongs to the model.
+    """
+    if T5 in parts.tokenizers:
+        return t5_room(parts.tokenizers[T5], captions, reading.t5_length or T5_LENGTH)
+    return clip_room(next(iter(parts.tokenizers.values())), captions, reading, parts.words)
 
 
 def longer(parts: Parts, captions: Sequence[str], reading: Reading) -> Reading:

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import LoraGraftError
-from ..base import Tensors
+from ..base import Room, Tensors
 from ..modules.building import assign, built, count
 from ..names.pieces import Pieced
 
 SHARED, EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"  # two names of one tensor
 UNUSED = ("decoder.", "lm_head.")  # in files of the whole T5
+LONGEST = 2048  # the greatest t5xxl_max_token_length; T5 knows no limit of its own
 RANGE = 256.0  # by which T5-XXL's feed-forward layers exceed fp16, with room to spare
 
 
@@ -116,9 +117,17 @@ def t5_tokens(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[tor
     return read["input_ids"], read["attention_mask"]
 
 
+def t5_room(
+    tokenizer: Any, captions: Sequence[str], limit: int, *, most: int = LONGEST, padding: int | None = None
+) -> Room:
+    """Return how many tokens captions have with their ends, and that ``limit`` are read; see `Room`."""
+    lengths = [len(tokenizer(caption, verbose=False)["input_ids"]) for caption in captions]
+    return Room(lengths, limit, most, padding=padding)
+
+
 def t5_longest(tokenizer: Any, captions: Sequence[str]) -> int:
     """Return how many tokens the longest of these captions has, with its end."""
-    return max(len(tokenizer(caption, verbose=False)["input_ids"]) for caption in captions)
+    return max(t5_room(tokenizer, captions, LONGEST).lengths)
 
 
 def encode_t5(encoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

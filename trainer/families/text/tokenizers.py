@@ -105,7 +105,7 @@ def find_tokenizer(
         where="tokenizer",
         why="a single-file checkpoint holds no tokenizer, and none is shipped with this package.",
         fix=f"one of: {_from_folder(wanted)}a diffusers folder as the base, the Hugging Face cache, "
-        "or --allow-download",
+        "or --allow_download",
     )
 
 
