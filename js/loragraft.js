@@ -159,7 +159,7 @@ const words = () => strings(app.extensionManager?.setting?.get("Comfy.Locale") ?
 /** The button below a folded node's widgets; Train LoRA has its own in the panel, Nodes 2.0 one on every node. */
 function addMore(node) {
   const label = () => (node.showAdvanced ? `\u25b4 ${words().less}` : `\u25be ${words().more}`);
-  const more = node.addWidget("button", "loragraft_more", null, () => toggleMore(node), { serialize: false });
+  const more = node.addWidget("button", "loragraft_more", null, () => toggleMore(node), { serialize: false, canvasOnly: true });
   more.serialize = false; // see addPanel
   Object.defineProperty(more, "label", { configurable: true, get: label, set: () => {} });
   Object.defineProperty(more, "hidden", { configurable: true, get: () => Boolean(LiteGraph.vueNodesMode), set: () => {} });

@@ -64,6 +64,8 @@ export function apply(node, found, create) {
   return missing;
 }
 
+const HEIGHT = 76; // two rows of controls and a line of text; what is spare belongs to the panel below
+
 /** What a preset is called: in the page's language, or as the server says where that has no word for it. */
 export const titleOf = (words, name, title) => words[`preset_${name}`] ?? title;
 
@@ -83,7 +85,8 @@ export function addPresets(node, { api, words, create }) {
   const widget = node.addDOMWidget("loragraft_presets", "loragraft_presets", row, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => 76,
+    getMinHeight: () => HEIGHT,
+    getMaxHeight: () => HEIGHT,
   });
   widget.serialize = false;
   const note = document.createElement("div");

@@ -80,9 +80,9 @@ const SHEET = String.raw`
   position: relative; box-sizing: border-box; width: 100%; min-height: 110px; padding: 4px 8px; overflow: hidden; contain: content;
   border-radius: 6px; background: color-mix(in srgb, var(--lg-muted) 10%, transparent);
 }
-.loragraft-presets { box-sizing: border-box; display: flex; flex-wrap: wrap; gap: 4px; width: 100%; min-height: 66px; font: 11px/1.3 system-ui, sans-serif; contain: content; }
+.loragraft-presets { box-sizing: border-box; display: flex; flex-wrap: wrap; align-content: flex-start; gap: 4px; width: 100%; min-height: 66px; font: 11px/1.3 system-ui, sans-serif; contain: content; }
 .loragraft-presets select, .loragraft-presets button {
-  flex: 1 1 40%; min-width: 0; height: 22px; padding: 0 4px; border: 1px solid color-mix(in srgb, var(--descrip-text, #999) 40%, transparent); border-radius: 4px;
+  flex: 1 1 34%; min-width: 0; height: 22px; padding: 0 4px; border: 1px solid color-mix(in srgb, var(--descrip-text, #999) 40%, transparent); border-radius: 4px;
   background: var(--comfy-input-bg, #222); color: var(--input-text, #ddd); font: inherit;
 }
 .loragraft-presets button { flex: none; cursor: pointer; }

@@ -34,6 +34,7 @@ EVENT = "loragraft.train"
 DEMO = "[demo]"
 PREVIEW_PX = 512
 # ComfyUI's own way to name another root: "folder [output]".
+QUOTES = "\"'"
 ANNOTATION = re.compile(r"\s*\[(input|output)\]$")
 
 
@@ -106,8 +107,12 @@ def dataset_folder(text: str) -> Path:
     """Return the folder that a dataset path names; the only way from a user's text to a folder.
 
     ``[demo]`` is the embedded sample; other text is relative to input/, or to output/ with
-    `` [output]`` behind it, or an absolute path below input/, output/ or a listed folder.
+    `` [output]`` behind it, or an absolute path below input/, output/ or a listed folder. Spaces and one pair
+    of quotes around it go: file managers copy paths with them.
     """
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in QUOTES:
+        text = text[1:-1].strip()
     if text.strip() == DEMO:
         return api.demo_dataset()
     root = Path(folder_paths.get_input_directory())

@@ -147,6 +147,9 @@ class HostFamily:
         """Return the reading: ComfyUI decides how long captions are."""
         return reading
 
+    def room(self, parts: Any, captions: Sequence[str], reading: Any) -> None:
+        """See `Family`: ComfyUI cuts no caption."""
+
     def encode_text(
         self, parts: Any, tokens: tuple[torch.Tensor, ...], reading: Any
     ) -> tuple[torch.Tensor, ...]:

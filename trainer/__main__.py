@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from .commands import dataset, preview, sample, tools_checkpoint, tools_lora, train
-from .errors import LoraGraftError
+from .errors import LoraGraftError, listed, nearest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 refused with a message, 130 stopped."""
-    arguments = parser().parse_args(argv)
+    arguments, unknown = parser().parse_known_args(argv)
     try:
+        if unknown:
+            raise _unknown(unknown, vars(arguments).keys() - {"run"})
         return int(arguments.run(arguments))
     except LoraGraftError as error:
         print(error, file=sys.stderr)
     except OSError as error:
         print(_unreachable(error), file=sys.stderr)
     return 1
+
+
+def _unknown(given: Sequence[str], known: Collection[str]) -> LoraGraftError:
+    """Return the refusal of flags that the command does not have, and of words that belong to none."""
+    flags = [word.partition("=")[0] for word in given if word.startswith("-")]
+    names = [flag.lstrip("-").replace("-", "_") for flag in flags]
+    near = dict.fromkeys(f"--{found}" for name in names for found in nearest(name, known))
+    return LoraGraftError(
+        "LG-CLI-005",
+        f"The command has no {listed(flags or given)}.",
+        where="command line",
+        why="a misspelt flag would be left out, and nobody would notice."
+        if flags
+        else "a text with spaces in it must stand in quotes.",
+        fix=f"did you mean {listed(near)}?" if near else "see --help behind the command's name",
+    )
 
 
 def _unreachable(error: OSError) -> LoraGraftError:

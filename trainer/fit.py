@@ -14,7 +14,7 @@ from .engine.checkpointing import Undo, blocks, checkpoint_blocks
 from .engine.meter import CannotMeasure
 from .engine.packed_tensor import held
 from .engine.planner import Plan, advice, beyond_room, compare, is_out_of_memory, plan
-from .engine.predictor import Case, Footprints, dry_run, free_bytes
+from .engine.predictor import Case, Footprints, dry_run, room_bytes
 from .engine.swap import Swap, frozen
 from .errors import LoraGraftError
 from .parts import DENOISER, Parts
@@ -77,23 +77,20 @@ def fit(runs: Sequence[Run], fitted: Fitted) -> None:
     footprints = Footprints(largest.loss, largest.inputs, largest.modules(), device, found)
     fitted.found, fitted.footprints = found, footprints
     choice = case_of(runs, len(found), len(of_denoiser))
-    if first.config.blocks_to_swap > len(of_denoiser):
-        fitted.lines.append(
-            f"blocks_to_swap {first.config.blocks_to_swap}: the denoiser has {len(of_denoiser)} blocks"
-        )
+    fitted.lines += _swap_lines(first, len(of_denoiser))
     placed = placed_bytes(largest, device)
     if placed >= SMALL_BYTES:
         try:
             costs = costs_of_runs(largest, found, footprints, choice)
-            free = free_bytes(device)
             fitted.plan = plan(
                 costs,
                 choice,
-                None if free is None else free + placed,
+                room_bytes(device, placed),
                 num_swappable=len(of_denoiser) if can_swap else 0,
                 may_change=first.config.memory == "auto",
             )
-            fitted.lines, choice = list(fitted.plan.lines), fitted.plan.choice
+            fitted.lines += fitted.plan.lines
+            choice = fitted.plan.choice
         except CannotMeasure as error:
             fitted.lines.append(f"memory cannot be predicted here: {error}")
     _apply(runs, fitted, choice)
@@ -173,6 +170,18 @@ def _forget_gradients(run: Run) -> None:
         flat.reached.clear()
         flat.grads.zero_()
         flat.work_grads.zero_()
+
+
+def _swap_lines(run: Run, num_blocks: int) -> list[str]:
+    """Say of blocks_to_swap what it cannot do here."""
+    asked, device = run.config.blocks_to_swap, run.precision.device
+    lines = [f"blocks_to_swap {asked}: the denoiser has {num_blocks} blocks"] if asked > num_blocks else []
+    if asked and device.type not in SWAPS_ON:
+        lines.append(
+            f"blocks_to_swap {asked}: nothing to gain on {device.type}, where weights lie in the host's "
+            "memory anyway; steps only take longer, and 0 is quicker"
+        )
+    return lines
 
 
 def _check_swapping(run: Run, of_denoiser: Sequence[nn.Module]) -> bool:

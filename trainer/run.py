@@ -19,7 +19,7 @@ from .engine.precision import Precision
 from .engine.steps import Engine, Key, parameters_of
 from .errors import LoraGraftError
 from .families.opening import Base
-from .inputs import Fed, Inputs, reading_of
+from .inputs import Fed, Inputs
 from .inputs.words import Words
 from .optim.average import Average
 from .optim.modes import averaged
@@ -98,7 +98,7 @@ class Run:
     @property
     def setting(self) -> Key:
         """What runs must have in common to go through the base together, beside the tensors' shapes."""
-        return (reading_of(self.config), self.inputs.keeps_text, self.config.guidance_scale)
+        return (self.inputs.texts.reading, self.inputs.keeps_text, self.config.guidance_scale)
 
     def batches(self, step: int) -> list[Batch]:
         """Return the micro-batches of ``step`` (from 0)."""

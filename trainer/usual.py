@@ -7,6 +7,7 @@ from typing import Any
 
 from .checks import CHECKS
 from .config import TrainConfig
+from .contradictions.family import CLIP, OF_SENTENCES
 from .families.opening import Base
 from .objective import SAMPLINGS
 
@@ -24,6 +25,9 @@ def for_base(config: TrainConfig, base: Base) -> tuple[TrainConfig, list[str]]:
     family = base.family
     usual = {**({} if family.trains_text else NO_TEXT), **family.defaults}
     decided: dict[str, Any] = {name: usual[name] for name in usual if getattr(config, name) in OPEN}
+    if all(kind == CLIP for part, kind in family.encoders.items() if part in base.state_dicts):
+        for name in OF_SENTENCES:
+            decided.pop(name, None)  # the text encoder that it is about is missing
     sampling = decided.get("timestep_sampling", config.timestep_sampling)
     if sampling in SAMPLINGS and "shift" not in SAMPLINGS[sampling].settings:
         decided.pop("discrete_flow_shift", None)  # nothing would be moved by it

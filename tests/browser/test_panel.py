@@ -219,6 +219,8 @@ def test_other_nodes_fold_with_a_button_of_their_own(open_comfy: Open, kind: str
         page.frame()
         more = "node(a[0]).widgets.find((w) => w.name === 'loragraft_more')"
         assert bool(page.ask(f"{more}.hidden", node)) == nodes2, "Nodes 2.0 has a button of its own"
+        page.frame()
+        assert page.raw.get_by_text("loragraft_more").count() == 0, "Nodes 2.0 draws no button of this one"
         shown = "node(a[0]).widgets.filter((w) => w.options?.advanced && !w.hidden).length"
         assert page.ask(shown, node) == 0
         page.ask(f"{more}.callback()", node)

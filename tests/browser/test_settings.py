@@ -66,3 +66,18 @@ def test_a_preset_fills_widgets_in(open_comfy: Open, nodes2: bool) -> None:
         page.frame()
         page.shoot(f"preset-{'nodes2' if nodes2 else 'canvas'}")
         assert page.our_errors() == []
+
+
+@RENDERERS
+@pytest.mark.parametrize("locale", ["en", "ru", "zh", "zh-TW"])
+def test_the_presets_take_two_rows_in_every_language(open_comfy: Open, locale: str, nodes2: bool) -> None:
+    with open_comfy(nodes2=nodes2, locale=locale) as page:
+        page.build("LoraGraftTrainLoRA")
+        page.frame()
+        page.wait("count('.loragraft-presets select') === 4")
+        controls = "document.querySelectorAll('.loragraft-presets :is(select, button)')"
+        tops = page.raw.evaluate(f"() => [...{controls}].map((element) => element.offsetTop)")
+        assert tops[:2] == [tops[0]] * 2 and tops[2:] == [tops[2]] * 3 and tops[2] > tops[0], tops
+        page.ask("app.rootGraph.nodes[0].setSize([400, 1600])")
+        page.frame()
+        assert page.raw.evaluate(f"() => [...{controls}].map((element) => element.offsetTop)") == tops

@@ -130,6 +130,13 @@ def test_an_edited_caption_or_config_is_noticed(server: Comfy, kohya: Path) -> N
     assert "build" in cached()
 
 
+@pytest.mark.parametrize("around", ['"{}"', "'{}'", " {} ", '"{}" '])
+def test_a_path_may_be_pasted_with_what_a_file_manager_puts_around_it(server: Comfy, around: str) -> None:
+    fill(server.base / "input" / "a b", {"a.png": (64, 64), "a.txt": "a cat"})
+    for path in ("a b", str(server.base / "input" / "a b")):
+        server.run(prompts.dataset_nodes(around.format(path)))
+
+
 HOSTILE = [
     "/etc/passwd",
     "../../../etc/passwd",

@@ -32,9 +32,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "flux2": ("flux2", {}),
     "qwen_image": ("qwen_image", {}),
     "z_image": ("z_image", {}),
+    "lumina2": ("lumina2", {}),
 }
 COMPARED = ("sd2", "sdxl", "sd35", "flux")
-NEWER = ("chroma", "flux2", "qwen_image", "z_image")
+NEWER = ("chroma", "flux2", "qwen_image", "z_image", "lumina2")
 MAIN = (*COMPARED, *(pytest.param(name, marks=pytest.mark.slow) for name in NEWER))
 PREDICTIONS = {
     "sd2": (False, False),
@@ -194,7 +195,7 @@ def test_comfyui_the_trainers_own_modules_and_diffusers_draw_the_same(
 
 
 @pytest.mark.skipif(on_gpu(), reason="the command line trains on the CPU here")
-@pytest.mark.parametrize("family", ["sd2_v", "sdxl", "sd35_clips", "flux", "flux_fp8"])
+@pytest.mark.parametrize("family", ["sd2_v", "sdxl", "sd35_clips", "flux", "flux_fp8", "lumina2"])
 def test_the_graph_and_the_command_line_give_the_same(
     server: Comfy, family: str, comfyui: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +287,26 @@ def test_a_base_that_predicts_noise_refuses_the_setting(server: Comfy) -> None:
     graph["train"]["inputs"]["settings"] = ["loss", 0]
     with pytest.raises(ServerError, match="LG-NODE-006"):
         server.run(graph)
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "limit"),
+    [("sdxl", 100, 75), ("flux", 100, None), pytest.param("flux", 600, 512, marks=pytest.mark.slow)],
+)
+def test_captions_that_are_cut_are_told_on_the_node(
+    server: Comfy, family: str, words: int, limit: int | None
+) -> None:
+    """Flux's CLIP beside T5 cuts them at 75 tokens as the model learnt it, which is no news."""
+    graph = train_prompt(family, max_train_steps=1, output_name=f"cut_{family}_{words}")
+    graph["build"]["inputs"]["caption_suffix"] = " blue" * words
+    before = len(server.log)
+    done = server.run(graph)["train"]["loragraft"][0]
+    told = [note for note in done["notes"] if "longer than the base model reads" in note]
+    assert len(told) == (limit is not None)
+    assert ("longer than the base model reads" in server.log[before:]) == bool(told)
+    if told:
+        assert f"of which {limit} are read" in told[0]
+        assert told[0].endswith("or shorten them")
 
 
 SHIFTS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from loragraft.trainer import api
 from loragraft_tests.comfyui import prompts
 from loragraft_tests.comfyui.harness import Comfy, error_text
-from loragraft_tests.trainer.test_tools_lora import tiny_lora
+from loragraft_tests.trainer.lora_files import tiny_lora
 
 LORA = "tiny_lora.safetensors"
 NAMING = {"kohya": "lora_unet_", "comfyui": "diffusion_model."}  # ComfyUI does not read all of diffusers'

@@ -19,6 +19,7 @@ from ..errors import LoraGraftError, listed
 from ..families import detect
 from ..families.sources.sources import Source, parts_of
 from ..families.sources.weights import FileWeights, joined
+from ..metadata import LORA, MODULE
 from .deltas import KOHYA
 from .lora_file import PLAIN, LoraFile, Module
 from .places import Place, trained_in
@@ -186,8 +187,8 @@ def _check(settings: ExtractSettings) -> None:
 
 def _metadata(original: Path, weights: FileWeights, tuned: Path, settings: ExtractSettings) -> dict[str, str]:
     metadata = {
+        MODULE: LORA,
         **_of_base(original.name, weights),
-        "ss_network_module": "networks.lora",
         "ss_network_dim": str(settings.rank),
         "ss_network_alpha": str(float(settings.rank)),
         "loragraft_extracted": compact({"original": original.name, "tuned": tuned.name}),

@@ -17,6 +17,7 @@ import torch
 
 from ..adapters.files import compact
 from ..errors import LoraGraftError, listed
+from ..metadata import MODULE, lora_module
 from .architecture import architecture_of
 from .convert import to_common
 from .deltas import KOHYA, as_plain, finite, require_sums
@@ -179,14 +180,14 @@ def _metadata(
     modules: Mapping[str, Module],
     settings: MergeSettings,
 ) -> dict[str, str]:
-    kept = ("ss_base_model_version", "ss_v2", "modelspec.architecture", "modelspec.prediction_type")
+    kept = (*BASE_KEYS, MODULE, "modelspec.architecture", "modelspec.prediction_type")
     result = {
         key: next(f.metadata[key] for f in common if key in f.metadata)
         for key in (*kept, "modelspec.implementation", "modelspec.sai_model_spec", "modelspec.resolution")
         if any(key in f.metadata for f in common)
     }
     return result | {
-        "ss_network_module": "networks.lora",
+        MODULE: lora_module(result),
         "ss_network_dim": one_or_dynamic({m.rank for m in modules.values()}),
         "ss_network_alpha": one_or_dynamic({m.alpha for m in modules.values()}),
         "modelspec.merged_from": ", ".join(file.name.removesuffix(".safetensors") for file in files),

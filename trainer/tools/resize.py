@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import LoraGraftError
+from ..metadata import MODULE, lora_module
 from .deltas import as_plain, finite, require_sums
 from .lora_file import LoraFile, Module
 
@@ -158,7 +159,7 @@ def _metadata(file: LoraFile, settings: ResizeSettings, report: list[Resized]) -
     one = settings.method == FIXED
     return {
         **file.metadata,
-        "ss_network_module": "networks.lora",
+        MODULE: lora_module(file.metadata),
         "ss_training_comment": f"{comment}; {said}",
         "ss_network_dim": one_or_dynamic({t.rank for t in report}) if one else DYNAMIC,
         "ss_network_alpha": one_or_dynamic({t.alpha for t in report}) if one else DYNAMIC,

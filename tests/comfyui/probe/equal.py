@@ -27,6 +27,10 @@ T5_LENGTHS = {
     "flux_schnell": 256,
 }
 
+# Families whose texts ComfyUI encodes otherwise than they learnt: Chroma saw one place of padding, which
+# ComfyUI does not add, and Lumina 2's Gemma caps the logits of its attention, which ComfyUI does not.
+OWN_CONDITION = ("chroma", "lumina2")
+
 
 def pack(module: str) -> Any:
     """Import a module of the LoraGraft pack as ComfyUI loaded it."""
@@ -90,7 +94,7 @@ class ProbeEqual:
         tensors = comfy.utils.load_torch_file(str(file), safe_load=True)
         model, clip = comfy.sd.load_lora_for_models(model, clip, tensors, 1.0, 1.0)
         conditions = [encoded(clip, words) for words in (text, negative)]
-        if base.family.name == "chroma":  # it learnt with one place of padding, which ComfyUI does not add
+        if base.family.name in OWN_CONDITION:
             conditions = [self.own_condition(base, parts, words) for words in (text, negative)]
         flat = noise
         if model.model.latent_format.latent_dimensions == 3:  # a video of one picture

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,12 @@ class Tiny:
     dtype: torch.dtype = torch.float32  # of the denoiser as it is held
     scaled: str = ""  # the text encoder whose matrices are fp8 with a scale each, and what holds it
     scaled_clip: Any = None
+    pieces: Callable[[], torch.Tensor] | None = (
+        None  # the tokenizer that lies among the text encoder's weights
+    )
+
+    def tokenizer_data(self) -> dict[str, torch.Tensor]:
+        return {} if self.pieces is None else {"spiece_model": self.pieces()}
 
 
 class SD3TinyTokenizer(sd3_text.SD3Tokenizer):
@@ -269,6 +275,7 @@ def clip_of(tiny: Tiny, weights: Sequence[dict[str, torch.Tensor]] = ()) -> Any:
         },
         parameters=1,
         state_dict=list(weights),
+        tokenizer_data=tiny.tokenizer_data(),
     )
 
 
@@ -350,6 +357,7 @@ def write(name: str, seed: int = 0) -> Path:
     if tiny.scaled:
         weights = dict(with_scales(weights, TEXT.format(tiny.scaled) + "encoder.block."))
     weights |= {key: torch.zeros(()) for key in tiny.extra}
+    weights |= {f"text_encoders.{key}": value for key, value in tiny.tokenizer_data().items()}
     comfy.utils.save_torch_file(weights, str(path))
     return path
 
