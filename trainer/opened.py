@@ -17,11 +17,11 @@ from .adapters.settings import Settings as NetworkSettings
 from .adapters.shares import Moment
 from .config import TrainConfig, token_length
 from .data.cache import TensorCache
+from .engine import lean
 from .engine.attention import use_attention
 from .engine.attention_choice import Choice, largest_shapes
 from .engine.attention_choice import choose as choose_attention
 from .engine.captured import Captured
-from .engine.lean import keep_less
 from .engine.packed_conv import pack_convolutions
 from .engine.precision import place
 from .engine.small_maps import use_matrix_products
@@ -181,7 +181,8 @@ def _load(jobs: Sequence[Job], settings: Sequence[NetworkSettings]) -> tuple[Par
         if precision.name == "bf16":
             pack_convolutions(parts.denoiser)
         use_matrix_products(parts.denoiser)  # what is left
-    keep_less(parts.denoiser)
+    if precision.device.type not in lean.NOT_ON:
+        lean.keep_less(parts.denoiser)
     return parts, lines
 
 

@@ -73,10 +73,15 @@ def load(name: str, folder: Path) -> None:
 
 
 def without_data(module: torch.nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
-    """Put tensors without data on ``device`` in the places of a module's own; what is shared stays shared."""
+    """Put tensors without data on ``device`` in the places of a module's own; what is shared stays shared.
+
+    Tables that are neither parameters nor buffers stay on the CPU, as they do when a module is moved.
+    """
     made: dict[int, torch.Tensor] = {}
     kept: list[torch.Tensor] = []
     for inner in module.modules():
+        tables = {name: own for name, own in vars(inner).items() if isinstance(own, torch.Tensor)}
+        vars(inner).update({name: mode.from_tensor(own) for name, own in tables.items()})
         for table in (inner._parameters, inner._buffers):
             for name, own in table.items():
                 if own is None:

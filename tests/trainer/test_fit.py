@@ -20,6 +20,7 @@ from loragraft.trainer.engine.captured import Captured
 from loragraft.trainer.engine.planner import Plan
 from loragraft.trainer.engine.steps import Eager, Fused
 from loragraft.trainer.engine.swap import Swap
+from loragraft.trainer.inputs.feed import Fed
 from loragraft.trainer.run import Run
 from loragraft_tests.trainer import runs
 from loragraft_tests.trainer.data_folders import Refusal
@@ -376,13 +377,14 @@ def test_a_pass_is_as_large_as_the_worst_of_all_runs(opened: Any) -> None:
     ]
     many = Largest(opened(*[{**job, "engine": "fused"} for job in jobs]))
     assert many.rows == (0, 1, 2) and many.lead == 1
-    assert many.inputs(2, (32, 32)).text.shape == (6, 2, 77) and len(many.modules()) == 2
-    assert many.inputs(2, (32, 32)).text.dtype == torch.long
+    (text,) = Fed.of(many.inputs(2, (32, 32))).text
+    assert text.shape == (6, 2, 77) and len(many.modules()) == 2
+    assert text.dtype == torch.long
     eager = Largest(
         opened(*[{**job, "engine": "eager", "output_name": f"e{n}"} for n, job in enumerate(jobs)])
     )
     assert isinstance(eager.runs[0].engine, Eager) and eager.rows == (1,)
-    assert eager.inputs(2, (32, 32)).latents.shape == (2, 4, 4, 4)
+    assert Fed.of(eager.inputs(2, (32, 32))).latents.shape == (2, 4, 4, 4)
 
 
 def test_a_vae_that_every_step_uses_is_held(opened: Any, seen: Any) -> None:

@@ -231,3 +231,35 @@ def test_cutting_gives_views_and_writes_gradients_side_by_side() -> None:
     wanted = torch.cat([w.transpose(1, 2).flatten(2) for w in weights[:3]] + [weights[3]], dim=-1)
     assert torch.equal(grad, wanted)
     assert torch.autograd.gradcheck(lambda rows: cut(rows, 2, 8)[:2], (rows,))
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "rows": lambda x: x.contiguous(),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "a part": lambda x: torch.cat((x, x), dim=1)[:, : x.shape[1]],
+    "a part, channels last": lambda x: torch.cat((x, x), dim=1).contiguous(memory_format=torch.channels_last)[
+        :, : x.shape[1]
+    ],
+}
+
+
+@pytest.mark.parametrize("of_grad", LAYOUTS)
+@pytest.mark.parametrize("of_x", LAYOUTS)
+def test_a_group_norm_reads_any_layout(of_x: str, of_grad: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(2, 8, generator=draw).double()
+    values, grad = torch.randn(2, 3, 8, 4, 6, generator=draw).double()
+    grads = []
+    for norm in (
+        lambda x: made(GroupNormSilu(4, EPS), x, weight, bias),
+        lambda x: F.silu(F.group_norm(x.contiguous(), 4, weight, bias, EPS)),
+    ):
+        x = LAYOUTS[of_x](values).requires_grad_()
+        out = norm(x)
+        out.backward(LAYOUTS[of_grad](grad))
+        assert x.grad is not None
+        grads.append((out.detach(), x.grad))
+    (ours, dx), (theirs, dx_of_theirs) = grads
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(dx, dx_of_theirs)

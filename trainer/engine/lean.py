@@ -20,6 +20,9 @@ from .frozen import FrozenConv2d
 from .made import made, through
 from .makes import GEGLU, Activated, Gelu, GroupNormSilu, Make, Normed
 
+# A CPU has more memory than time (3 to 5 % of a step); Apple's GPUs lack the gradient of a group norm.
+NOT_ON = ("cpu", "mps")
+
 
 def keep_less(denoiser: nn.Module) -> int:
     """Let a denoiser's blocks of diffusers' classes keep less; return how many. Values stay the same.

@@ -95,6 +95,7 @@ class GroupNormSilu:
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, Kept]:
         """See `Make`."""
+        x = x.contiguous(memory_format=_layout(x))
         normed, mean, rstd = torch.native_group_norm(x, weight, bias, *self._shape(x), self.eps)
         return F.silu(normed, inplace=True), (mean, rstd)
 
@@ -103,8 +104,10 @@ class GroupNormSilu:
         if not wanted[0]:
             return None, None, None
         x, weight, bias = sources
+        layout = _layout(x)
+        x = x.contiguous(memory_format=layout)
         normed, mean, rstd = torch.native_group_norm(x, weight, bias, *self._shape(x), self.eps)
-        grad = _ops.silu_backward(grad, normed)
+        grad = _ops.silu_backward(grad, normed).contiguous(memory_format=layout)
         mask = [True, False, False]
         dx = _ops.native_group_norm_backward(grad, x, mean, rstd, weight, *self._shape(x), mask)[0]
         return dx, None, None
@@ -241,6 +244,12 @@ class SiluTimes:
             _ops.silu_backward(grad * b, a) if wanted[0] else None,
             F.silu(a).mul_(grad) if wanted[1] else None,
         )
+
+
+def _layout(x: torch.Tensor) -> torch.memory_format:
+    """Return the layout in which torch's group norm reads x and its gradient; it checks neither."""
+    last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not x.is_contiguous() else torch.contiguous_format
 
 
 def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
