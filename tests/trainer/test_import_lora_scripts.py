@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from loragraft.trainer import api
 from loragraft.trainer.imports.kohya import read_kohya
 from loragraft_tests.trainer.kohya_configs import refusal, settings
@@ -130,12 +132,33 @@ def test_a_prompt_drawn_by_chance_is_refused() -> None:
     assert error.code == "LG-IMP-002" and "randomly_choice_prompt" in error.where
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        'positive_prompts = ["1girl"]',
+        'enable_preview = "false"',
+        "prompt_file = 3",
+        'sample_steps = "many"',
+        "negative_prompts = ['low']",
+        'randomly_choice_prompt = "no"',
+    ],
+)
+def test_a_pages_value_of_another_kind_is_not_guessed_at(line: str) -> None:
+    """A list as a prompt would be drawn with its brackets, and a text "false" would be taken as on."""
+    own = line if line.startswith("positive_prompts") else f'positive_prompts = "1girl"\n{line}'
+    error = refusal(own)
+    assert error.code == "LG-CFG-003" and line.split()[0] in error.where
+    found = read_kohya('positive_prompts = "1girl"\nsample_width = "64"').settings["sample_prompts"]
+    assert found[0].startswith("1girl --w 64 "), "text that reads as a number is one, as in other keys"
+
+
 def test_sample_prompts_may_be_the_prompts_themselves() -> None:
     text = "sample_prompts = '''(best:1.2), 1girl --n low  --w 64\n\nsolo --d 3'''"
     found = read_kohya(text)
     assert found.settings["sample_prompts"] == ["(best:1.2), 1girl --n low  --w 64", "solo --d 3"]
     assert found.places == {} and found.settings["sample_steps"] > 0
     assert read_kohya('sample_prompts = "a--b.txt"').places == {"sample_prompts": "a--b.txt"}
+    assert read_kohya('sample_prompts = "./a--b/list"').places == {"sample_prompts": "./a--b/list"}
 
 
 def test_a_page_of_lora_scripts_for_flux_is_taken_as_its_defaults_stand() -> None:

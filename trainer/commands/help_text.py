@@ -6,14 +6,14 @@ import argparse
 from typing import Any
 
 NO_WORDS = "none (no caption holds class words)"  # in the place of trigger words
-NOTHING: tuple[Any, ...] = (None, False, "", [], ())
+NOTHING: tuple[Any, ...] = ("", [], ())
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Names a flag's default where it has one; none, off and empty go without saying."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in NOTHING:
+        if action.default is None or action.default is False or action.default in NOTHING:
             return action.help
         return super()._get_help_string(action)
 

@@ -96,8 +96,8 @@ class GroupNormSilu:
     def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, Kept]:
         """See `Make`."""
         x = x.contiguous(memory_format=_layout(x))
-        normed, mean, rstd = torch.native_group_norm(x, weight, bias, *self._shape(x), self.eps)
-        return F.silu(normed, inplace=True), (mean, rstd)
+        normed, _, _ = torch.native_group_norm(x, weight, bias, *self._shape(x), self.eps)
+        return F.silu(normed, inplace=True), ()
 
     def backward(self, grad: torch.Tensor, wanted: Sequence[bool], sources: Kept, kept: Kept) -> Grads:
         """See `Make`."""

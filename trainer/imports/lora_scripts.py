@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..data.kohya_keys import NUMBER, SWITCH, TEXT, WHOLE
 from .imported import Findings
+from .kohya_values import WRONG, instead_of, typed
 
 PREVIEW, POSITIVE, FILE = "enable_preview", "positive_prompts", "prompt_file"
 BY_CHANCE = "randomly_choice_prompt"
@@ -21,7 +23,13 @@ FLAGS: Mapping[str, tuple[str, Any]] = {
     "sample_steps": ("s", 24),
     "sample_seed": ("d", 2333),
 }
-KEYS = (PREVIEW, POSITIVE, FILE, BY_CHANCE, *FLAGS)
+KEYS: Mapping[str, str] = {  # what kind of value each has
+    **dict.fromkeys((PREVIEW, BY_CHANCE), SWITCH),
+    **dict.fromkeys((POSITIVE, FILE), TEXT),
+    **dict.fromkeys(FLAGS, WHOLE),
+    "negative_prompts": TEXT,
+    "sample_cfg": NUMBER,
+}
 PROMPTS = "sample_prompts"
 PROMPT_FILES = (".txt", ".json", ".toml")
 
@@ -29,9 +37,16 @@ PROMPT_FILES = (".txt", ".json", ".toml")
 def sample_prompts(given: Mapping[str, Any], found: Findings) -> dict[str, str]:
     """Return what the preview's keys mean as sample_prompts: a file's path, or a prompt's text; {} for none.
 
-    Prompts that are drawn by chance are refused. Where enable_preview is off, the other keys say nothing.
+    Prompts that are drawn by chance are refused, and so are values of another kind. Where enable_preview is
+    off, the other keys say nothing.
     """
     own = ", ".join(name for name in KEYS if name in given)
+    wrong = [name for name, value in given.items() if typed(KEYS[name], value) is WRONG]
+    for name in wrong:
+        value, kind = given[name], KEYS[name]
+        found.expect(name, value, kind, f"{name} = {instead_of(kind, value)}")
+    if wrong:
+        return {}
     if given.get(PREVIEW) is False:
         found.notes.append(f"{own}: lora-scripts draws no previews with {PREVIEW} off.")
     elif given.get(BY_CHANCE):
@@ -51,6 +66,6 @@ def sample_prompts(given: Mapping[str, Any], found: Findings) -> dict[str, str]:
 
 def prompt_lines(value: str) -> list[str]:
     """Return the prompts of a sample_prompts that is their text and no file's name; [] for a name."""
-    if "--" not in value or value.casefold().endswith(PROMPT_FILES):
+    if " --" not in value or value.casefold().endswith(PROMPT_FILES):
         return []
     return [line.strip() for line in value.splitlines() if line.strip()]
