@@ -13,6 +13,7 @@ def main() -> None:
     """Train the job's steps."""
     work = Work.read(sys.argv[1])
     pack()
+    import loragraft.trainer.pages  # noqa: F401  # before torch, as on the command line
     from loragraft.trainer import api
 
     say_versions("torch", "diffusers", "transformers")

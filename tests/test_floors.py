@@ -83,7 +83,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "trainer.sample_prompts",
         "trainer.trends",
     ),
-    ("trainer.errors",),
+    ("trainer.errors", "trainer.pages"),
 )
 ENTRY_POINTS = ("", "trainer")  # the two __init__ files above the floors, which import nothing eagerly
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Collection, Sequence
 
+from . import pages as pages  # before anything that imports torch
 from .commands import dataset, preview, sample, tools_checkpoint, tools_lora, train
 from .errors import LoraGraftError, listed, nearest
 

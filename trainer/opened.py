@@ -22,9 +22,9 @@ from .engine.attention import use_attention
 from .engine.attention_choice import Choice, largest_shapes
 from .engine.attention_choice import choose as choose_attention
 from .engine.captured import Captured
+from .engine.cpu_convolutions import use_faster_ways
 from .engine.packed_conv import pack_convolutions
 from .engine.precision import place
-from .engine.small_maps import use_matrix_products
 from .engine.steps import Eager, Engine, Fused, Loss, Rows, Tensors, choose, parameters_of
 from .errors import LoraGraftError, listed
 from .inputs import Inputs, keeps_text
@@ -180,7 +180,7 @@ def _load(jobs: Sequence[Job], settings: Sequence[NetworkSettings]) -> tuple[Par
     if precision.device.type == "cpu" and precision.name != "fp16":
         if precision.name == "bf16":
             pack_convolutions(parts.denoiser)
-        use_matrix_products(parts.denoiser)  # what is left
+        use_faster_ways(parts.denoiser)  # what is left
     if precision.device.type not in lean.NOT_ON:
         lean.keep_less(parts.denoiser)
     return parts, lines

@@ -175,6 +175,16 @@ def test_the_plain_one_takes_its_softmax_in_float32_at_least(dtype: torch.dtype)
     assert seen == [torch.float64 if dtype == torch.float64 else torch.float32]
 
 
+def test_a_cpu_takes_the_plain_one_in_bf16_where_keys_are_few() -> None:
+    for keys in (attention.FEW_KEYS, attention.FEW_KEYS + 1):
+        for dtype in (torch.bfloat16, torch.float32):
+            (q, k, v, _), mask = drawn(Shape(1, 2, 5, keys, 8), dtype, True)
+            out, plain = (BACKENDS[name](q, k, v, mask) for name in ("sdpa", "plain"))
+            torchs = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            is_plain = dtype == torch.bfloat16 and keys == attention.FEW_KEYS
+            assert torch.equal(out, plain if is_plain else torchs) and not torch.equal(plain, torchs)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_gradients_are_the_numerical_ones(name: str, masked: bool, xformers: None) -> None:
@@ -235,7 +245,10 @@ def stepped(
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("lora", [False, True])
-def test_sdpa_gives_the_bits_of_diffusers(lora: bool, dtype: torch.dtype | None) -> None:
+def test_sdpa_gives_the_bits_of_diffusers(
+    lora: bool, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "FEW_KEYS", 0)
     model = unet()
     parameters = with_lora(model) if lora else []
     expected = stepped(model, parameters, dtype)

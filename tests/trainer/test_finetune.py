@@ -209,7 +209,7 @@ def test_a_disk_without_room_is_found_before_the_first_step(
 
     def small(place: Any) -> Any:
         free = 64 * 2**20 + 10_000 if "checkpoints" in str(place) else real(place).free
-        return SimpleNamespace(free=free)
+        return SimpleNamespace(free=free, total=real(place).total)
 
     training.places.models.mkdir(parents=True)
     monkeypatch.setattr(shutil, "disk_usage", small)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from loragraft.trainer.engine import flat as flat_file
 from loragraft.trainer.engine.flat import ALIGNMENT, Flat, FlatOptimizer
 
 SHAPES = [(3, 5), (7, 3), (1, 65), (2, 2, 3, 3), (64,)]
@@ -139,3 +140,16 @@ def test_the_working_copy_follows_and_gradients_add_up_in_float32() -> None:
     assert not flat.work_grads.any()
     FlatOptimizer(adamw(params), flat, 0).step(0.0, frozenset(range(5)))
     assert torch.equal(flat.work, flat.values.bfloat16())
+
+
+def test_gradients_are_added_piece_by_piece_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flat_file, "PIECE", 100)
+    flat = Flat(
+        [[a, b, c] for a, b, c in zip(*(parameters(n) for n in range(3)), strict=True)], torch.bfloat16
+    )
+    sums, new = torch.randn(flat.grads.shape), torch.randn(flat.grads.shape).bfloat16()
+    flat.grads.copy_(sums)
+    flat.work_grads.copy_(new)
+    flat.collect((1, 2))
+    assert torch.equal(flat.grads[0], sums[0]) and torch.equal(flat.grads[1:], sums[1:] + new[1:])
+    assert torch.equal(flat.work_grads[0], new[0]) and not flat.work_grads[1:].any()

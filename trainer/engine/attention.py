@@ -18,11 +18,17 @@ from torch import nn
 from ..errors import listed
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+FEW_KEYS = 256  # a text's 77, or a map of 16 x 16
 BIAS_ALIGNMENT = 8  # xformers' kernels read a mask's rows in pieces of so many values
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Let torch choose its kernel (flash, memory-efficient, cuDNN, plain); see `plain` for the shapes."""
+    """Let torch choose its kernel (flash, memory-efficient, cuDNN, plain); see `plain` for the shapes.
+
+    A CPU's kernel for bf16 is slower than `plain` where keys are few.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= FEW_KEYS:
+        return plain(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

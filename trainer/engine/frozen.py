@@ -137,6 +137,8 @@ class _Conv2d(torch.autograd.Function):
             layer.groups,
             [True, False, False],
         )
+        if grad.is_contiguous(memory_format=torch.channels_last):
+            grad_x = grad_x.contiguous(memory_format=torch.channels_last)
         return grad_x, None
 
 

@@ -79,6 +79,8 @@ def convolution(x: torch.Tensor, layer: nn.Conv2d, bank: Bank, rows: tuple[int, 
     """
     x = x.to(bank.down.dtype)
     base = layer(x)
+    if base.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)  # so that what is added to it lies like it
     out: torch.Tensor = _Convolution.apply(base, x, bank.down, bank.up, layer, bank, rows)
     return out
 

@@ -41,7 +41,7 @@ class PackedConv2d(nn.Conv2d):
         return self.forwards.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (B, in, H, W) -> (B, out, H, W)."""
+        """x: (B, in, H, W) -> (B, out, H, W), channels last."""
         out: torch.Tensor = _Packed.apply(x, self)
         return out
 
@@ -106,9 +106,8 @@ def _convolve(
     if isinstance(x, FakeTensor):  # memory is being predicted: an opaque weight has no fake
         return x.new_empty(x.shape[0], channels, *x.shape[2:])
     pointwise = torch.ops.mkldnn._convolution_pointwise
-    # Both layouts are read as they lie; the result is channels last, and what follows keeps it so.
-    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    result: torch.Tensor = pointwise(x if dense else x.contiguous(), packed, bias, *SAME, "none", [], "")
+    x = x.contiguous(memory_format=torch.channels_last)
+    result: torch.Tensor = pointwise(x, packed, bias, *SAME, "none", [], "")
     return result
 
 
