@@ -33,8 +33,8 @@ log = logging.getLogger("loragraft")
 EVENT = "loragraft.train"
 DEMO = "[demo]"
 PREVIEW_PX = 512
-# ComfyUI's own way to name another root: "folder [output]".
 QUOTES = "\"'"
+# ComfyUI's own way to name another root: "folder [output]".
 ANNOTATION = re.compile(r"\s*\[(input|output)\]$")
 
 
@@ -110,10 +110,8 @@ def dataset_folder(text: str) -> Path:
     `` [output]`` behind it, or an absolute path below input/, output/ or a listed folder. Spaces and one pair
     of quotes around it go: file managers copy paths with them.
     """
-    text = text.strip()
-    if len(text) > 1 and text[0] == text[-1] and text[0] in QUOTES:
-        text = text[1:-1].strip()
-    if text.strip() == DEMO:
+    text = _pasted(text)
+    if text == DEMO:
         return api.demo_dataset()
     root = Path(folder_paths.get_input_directory())
     if match := ANNOTATION.search(text):
@@ -135,15 +133,15 @@ def dataset_folder(text: str) -> Path:
         "LG-NODE-020",
         f"The folder {text[:70]!r} is not one that workflows may read.",
         where="path",
-        why="a shared workflow must not read any folder of this machine; allowed: "
-        f"{listed(map(str, roots), limit=5)}.",
-        fix="put the images below ComfyUI's input folder, or add the line "
-        f"{text.strip()[:200]} to {folders_file()}",
+        why="a shared workflow must not read any folder of this machine"
+        f"{api.of_other_system(text)}; allowed: {listed(map(str, roots), limit=5)}.",
+        fix=f"put the images below ComfyUI's input folder, or add the line {text[:200]} to {folders_file()}",
     )
 
 
 def inner_folder(folder: Path, text: str, *, what: str) -> Path:
     """Return a folder that a widget names: below ``folder``, or where `dataset_folder` may read."""
+    text = _pasted(text)
     if _absolute(text) or ANNOTATION.search(text):
         return dataset_folder(text)
     return api.resolve(folder, text, what=what, must_exist=True)
@@ -187,6 +185,13 @@ def workflow_roots() -> dict[str, str]:
     roots |= {str(root): "" for root in listed_roots()}
     roots |= {folder_paths.models_dir: "", folder_paths.base_path: ""}
     return {path: suffix for root, suffix in roots.items() for path in (root, os.path.realpath(root))}
+
+
+def _pasted(text: str) -> str:
+    """Return a path without the spaces and the pair of quotes that a file manager puts around it."""
+    text = text.strip()
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in QUOTES
+    return text[1:-1].strip() if is_quoted else text
 
 
 def _absolute(text: str) -> bool:

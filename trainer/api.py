@@ -65,7 +65,7 @@ from .optim.curve import block_bars
 from .optim.curve import curve as learning_rate_curve
 from .optim.find import available as available_optimizers
 from .parts import Parts, Target
-from .paths import resolve, safe_name
+from .paths import of_other_system, resolve, safe_name
 from .plan import plan_run
 from .presets import Preset, preset, presets
 from .preview import chart, grid, parse_range
@@ -213,6 +213,7 @@ __all__ = [
     "merge_lora",
     "merged",
     "metadata_lines",
+    "of_other_system",
     "open_base",
     "open_base_from_weights",
     "open_demo_base",

@@ -7,7 +7,6 @@ verified against its manifest; only then are older training states dropped. safe
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import shutil
@@ -23,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from .errors import LoraGraftError
-from .safefile import replace, sync_folder, write_safetensors, write_text
+from .safefile import DISK_FULL, replace, sync_folder, write_safetensors, write_text
 from .trends import Measure
 
 LORA = "lora.safetensors"
@@ -289,13 +288,14 @@ def _sha256(file: Path) -> str:
 
 def disk_refusal(error: OSError, place: Path, needed: int = 0) -> LoraGraftError:
     """Return what to tell the user of a file that could not be read or written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in DISK_FULL:
         return _disk_full(place, needed, _free_bytes(place) or 0)
+    no_disk = ", and the system knows of no disk there" if _free_bytes(place) is None else ""
     return LoraGraftError(
         "LG-SAVE-007",
         "A file of the run cannot be written or read.",
         where=str(error.filename or place),
-        why=f"{error.strerror or error}.",
+        why=f"{error.strerror or error}{no_disk}.",
         fix="allow writing there and check the disk; queueing again continues from the newest checkpoint",
     )
 
@@ -308,9 +308,11 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def _free_bytes(folder: Path) -> int | None:
+    """Return what is free there; None where the system does not say, as of /proc and some drives."""
     for place in (folder, *folder.parents):
         with contextlib.suppress(OSError):
-            return shutil.disk_usage(place).free
+            usage = shutil.disk_usage(place)
+            return usage.free if usage.total else None
     return None
 
 

@@ -107,7 +107,10 @@ def _checked(cls: type, name: str, hint: Any, value: Any, where: str) -> Any:
             low = -math.inf if info.minimum is None else info.minimum
             high = math.inf if info.maximum is None else info.maximum
             if not low <= item <= high:
-                raise bad_value(name, value, f"{low:g} to {high:g}", where)
+                # A node's number cannot be empty, so that 0 or -1 stands for it there.
+                empty = f", or empty ({item:g} stands for that on nodes alone)"
+                may_be_empty = type(None) in allowed and item in (0, -1)
+                raise bad_value(name, value, f"{low:g} to {high:g}{empty if may_be_empty else ''}", where)
     return coerced
 
 

@@ -16,6 +16,8 @@ NUMBERS = "0123456789\u00b9\u00b2\u00b3"  # Windows counts superscripts as digit
 RESERVED = {"con", "prn", "aux", "nul", "conin$", "conout$"}
 RESERVED |= {f"{port}{i}" for port in ("com", "lpt") for i in NUMBERS}
 FORBIDDEN = re.compile(r'[\x00-\x1f\x7f-\x9f<>:"|?*]')
+# A drive or a network share, and a folder below the root.
+OF_WINDOWS, OF_POSIX = re.compile(r"[A-Za-z]:[\\/]|\\\\\w"), re.compile(r"[\\/]\w|~/")
 # Line ends, marks that turn the order of letters round, and halves of surrogate pairs.
 MISLEADING = re.compile("[\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -65,6 +67,15 @@ def resolve(root: Path, user_text: str, *, what: str, must_exist: bool = False) 
             fix="check the spelling; quotes and spaces at the ends count",
         )
     return target
+
+
+def of_other_system(text: str, system: str = os.name) -> str:
+    """Return the clause that says whose path a text is where it is none of this ``system``'s, else ""."""
+    if system != "nt" and OF_WINDOWS.match(text):
+        return ", and this is a path of Windows"
+    if system == "nt" and OF_POSIX.match(text):
+        return ", and this is a path of Linux or macOS"
+    return ""
 
 
 def _text_fault(text: str, parts: Sequence[str]) -> str | None:

@@ -8,6 +8,7 @@ under their name only when complete and on disk.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import struct
@@ -19,6 +20,8 @@ from typing import IO
 
 import torch
 
+# A write fails with one of these where the disk, or the user's share of it, is full.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",

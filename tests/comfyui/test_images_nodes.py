@@ -103,6 +103,7 @@ def test_the_copy_never_leaves_its_folder(server: Comfy, name: str) -> None:
     [
         ({"masks": "folder", "mask_folder": "../../output"}, "LG-PATH-002"),
         ({"masks": "folder", "mask_folder": "/etc"}, "LG-NODE-020"),
+        ({"masks": "folder", "mask_folder": ' "/etc" '}, "LG-NODE-020"),
         ({"caption_json": "../../../secret.json"}, "LG-PATH-002"),
         ({"caption_json": "/etc/hostname"}, "LG-PATH-002"),
         ({"background": "white"}, "LG-CFG-003"),

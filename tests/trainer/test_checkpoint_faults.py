@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from loragraft.trainer import api, checkpoint
-from loragraft.trainer.checkpoint import INFO, LORA, MANIFEST, STATE, RunFolder
+from loragraft.trainer.checkpoint import INFO, LORA, MANIFEST, STATE, RunFolder, disk_refusal
 from loragraft.trainer.errors import LoraGraftError
 from loragraft_tests.trainer import runs
 from loragraft_tests.trainer.data_folders import Refusal
@@ -240,6 +240,17 @@ def test_a_disk_known_to_be_full_is_refused_before_anything_is_written(
             write()
     assert runs.tree(folder) == before
     assert not (tmp_path / "new").exists()
+
+
+def test_a_place_without_a_size_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As below /proc, and on drives that do not say their size: writing itself tells what is wrong."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(total=0, used=0, free=0))
+    RunFolder(tmp_path / "new").open()
+    assert (tmp_path / "new").is_dir()
+    error = disk_refusal(OSError(errno.ENOENT, "No such file or directory", "x"), tmp_path)
+    assert error.code == "LG-SAVE-007"
+    assert error.why == "No such file or directory, and the system knows of no disk there."
 
 
 def test_a_disk_that_changes_what_it_is_given_is_noticed(

@@ -352,6 +352,8 @@ def test_a_switch_needs_no_value(capsys: pytest.CaptureFixture[str]) -> None:
         (["--learing_rate", "1e-4"], "--learing_rate", "--learning_rate"),
         (["--output-name=x"], "--output-name", "--output_name"),
         (["--zzzz"], "--zzzz", "--help"),
+        (["--resol", "512"], "--resol", "--resolution"),  # argparse would take beginnings for the flag
+        (["--out=x"], "--out", "--output_dir, --output_name"),
     ],
 )
 def test_a_misspelt_flag_is_refused_with_the_nearest(

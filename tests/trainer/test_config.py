@@ -155,6 +155,17 @@ def test_every_limit_is_inside_and_one_beyond_is_outside(cls: Any, name: str) ->
             make(cls, {**around, name: int(limit) if whole else float(limit)})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("unet_lr", -1), ("text_encoder_lr", -1.0), ("max_train_epochs", 0)]
+)
+def test_the_value_that_stands_for_empty_on_nodes_is_explained(name: str, value: float) -> None:
+    with Refusal("LG-CFG-003", name, f"or empty ({value:g} stands for that on nodes alone)"):
+        make(api.TrainConfig, {name: value})
+    with pytest.raises(LoraGraftError) as caught:
+        make(api.TrainConfig, {name: -7})
+    assert "empty" not in caught.value.why
+
+
 @pytest.mark.parametrize(("cls", "name"), FIELDS, ids=IDS)
 def test_every_setting_refuses_other_types(cls: Any, name: str) -> None:
     allowed = kinds(cls, name)

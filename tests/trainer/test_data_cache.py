@@ -17,6 +17,7 @@ from safetensors import safe_open
 from loragraft.trainer import safefile
 from loragraft.trainer.data import cache as cache_module
 from loragraft.trainer.data.cache import TensorCache, key_of
+from loragraft.trainer.errors import LoraGraftError
 from loragraft_tests.trainer.data_folders import Refusal
 
 KEY = key_of(name="x")
@@ -228,10 +229,22 @@ def test_a_full_disk_leaves_nothing_half_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(*((safefile.os, "fsync", full) if call == "fsync" else (safefile, "replace", full)))
-        with Refusal("LG-DATA-011", "No space left", "free some space"):
+        with Refusal("LG-DATA-011", "No space left", "the disk is full", "free some space"):
             cache.put(KEY, tensors(1))
     assert equal(cache.get(KEY), tensors()), "the old entry is still whole"
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [f"{KEY}.safetensors"]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EINVAL, errno.ENOENT])
+def test_another_error_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fails(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(safefile, "replace", fails)
+    with pytest.raises(LoraGraftError) as caught:
+        TensorCache(tmp_path).put(KEY, tensors())
+    assert caught.value.code == "LG-DATA-011" and os.strerror(number) in caught.value.where
+    assert caught.value.why == "nothing can be written there." and "space" not in caught.value.fix
 
 
 def test_leftovers_of_a_killed_process_are_swept_after_a_day(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loragraft.trainer.api import resolve, safe_name
+from loragraft.trainer import api
+from loragraft.trainer.api import of_other_system, resolve, safe_name
+from loragraft.trainer.data.dataset_toml import parse_config
 from loragraft.trainer.errors import LoraGraftError
 from loragraft_tests.trainer.data_folders import Refusal
 
@@ -106,6 +108,29 @@ def test_what_must_exist_is_looked_for(root: Path) -> None:
     with Refusal("LG-PATH-003", "'gone'", str(root)):
         resolve(root, "gone", what="folder", must_exist=True)
     assert not (root / "gone").exists()
+
+
+@pytest.mark.parametrize("text", [r"C:\data\images", "D:/images", r"\\server\share\a"])
+def test_a_path_of_windows_is_called_one_elsewhere(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert of_other_system(text, "posix") == ", and this is a path of Windows"
+    assert of_other_system(text, "nt") == ""
+    if os.name != "nt":
+        for code, look in (
+            ("LG-DATA-001", lambda: api.scan_folder(text)),
+            ("LG-BASE-001", lambda: api.open_base(Path(text))),
+            ("LG-DATA-084", lambda: parse_config(Path(text + ".toml"))),
+            ("LG-IMP-001", lambda: api.read_foreign(Path(text + ".toml"))),
+        ):
+            with Refusal(code, "and this is a path of Windows"):
+                look()
+
+
+def test_a_path_of_linux_is_called_one_on_windows() -> None:
+    for text in ("/home/me/images", "~/images"):
+        assert of_other_system(text, "nt") == ", and this is a path of Linux or macOS"
+        assert of_other_system(text, "posix") == ""
+    for text in ("images", "C-images", "c:", "a/b", "", "."):
+        assert of_other_system(text, "nt") == of_other_system(text, "posix") == ""
 
 
 @settings(max_examples=300, deadline=None)

@@ -9,6 +9,13 @@ NO_WORDS = "none (no caption holds class words)"  # in the place of trigger word
 NOTHING: tuple[Any, ...] = ("", [], ())
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser, and that of each command below it, that takes flags by their whole name alone."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Names a flag's default where it has one; none, off and empty go without saying."""
 

@@ -14,6 +14,7 @@ from ..config import DatasetConfig, TrainConfig, info_of
 from ..data.toml_text import toml_lines
 from ..errors import LoraGraftError
 from ..literals import literal
+from ..paths import of_other_system
 from ..settings.flow import FlowSettings
 from ..settings.learning import LearningSettings
 from ..settings.loss import LossSettings
@@ -108,7 +109,7 @@ def read_config_file(arguments: argparse.Namespace) -> dict[str, Any]:
             "LG-CLI-001",
             "The config file cannot be read.",
             where=str(arguments.config),
-            why=str(error),
+            why=f"{error}{of_other_system(arguments.config) if isinstance(error, FileNotFoundError) else ''}",
             fix="check the path and the TOML at the named line; the file must be UTF-8",
         ) from None
 

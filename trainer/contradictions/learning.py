@@ -134,8 +134,8 @@ def _check_adaptive(config: TrainConfig, where: str) -> None:
             f"{name} is given several learning rates: {', '.join(f'{rate:g}' for rate in rates)}.",
             where,
             why="it estimates one step size for all tensors; only the first rate would count.",
-            fix="clear unet_lr and each text_encoder_lr and set learning_rate to 1; 0 for a part leaves it "
-            "out. The embedding_lr of trained words must be the same",
+            fix="clear unet_lr and each text_encoder_lr (-1 on nodes) and set learning_rate to 1; 0 for a "
+            "part leaves it out. The embedding_lr of trained words must be the same",
         )
     several = (*WEIGHTS, "network_reg_lrs", *LORAPLUS)
     if given := [n for n in several if getattr(config, n) not in ("", (), None)]:

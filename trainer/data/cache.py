@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from ..errors import LoraGraftError
-from ..safefile import tensor_bytes, write_safetensors
+from ..safefile import DISK_FULL, tensor_bytes, write_safetensors
 
 # Part of every key: raise it when cached content would be computed differently.
 VERSION = 2
@@ -70,12 +70,14 @@ class TensorCache:
         try:
             write_safetensors(path, plain, {"key": key, "checksum": _checksum(plain, key)})
         except OSError as error:
+            is_full = error.errno in DISK_FULL
+            do = "free some space" if is_full else "allow writing there"
             raise LoraGraftError(
                 "LG-DATA-011",
                 "The cache of encoded images and captions cannot be written.",
                 where=f"{path.parent} ({error.strerror or type(error).__name__})",
-                why="the disk is full, or the folder may not be written to.",
-                fix="free some space or allow writing; or set cache_latents to false",
+                why="the disk is full." if is_full else "nothing can be written there.",
+                fix=f"{do}, or set cache_latents to false",
             ) from error
 
     def _path(self, key: str) -> Path:

@@ -17,6 +17,7 @@ from typing import Any
 from ..checks import make
 from ..config import DatasetConfig
 from ..errors import LoraGraftError, listed, one_line
+from ..paths import of_other_system
 from .checking import Seen
 from .images import shown
 from .kohya_keys import SUBSET_KEYS, check_config
@@ -97,11 +98,12 @@ def parse_config(file: Path) -> Any:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         if isinstance(error, UnicodeDecodeError):
             reason = "it is not UTF-8 text"
+        theirs = of_other_system(str(file)) if isinstance(error, FileNotFoundError) else ""
         raise LoraGraftError(
             "LG-DATA-084",
             "The dataset config cannot be read.",
             where=shown(file),
-            why=one_line(f"{reason or type(error).__name__}.", 400),
+            why=one_line(f"{reason or type(error).__name__}{theirs}.", 400),
             fix="check the named place. In TOML a Windows path stands in single quotes: 'D:\\photos'",
         ) from None
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import LoraGraftError, nearest
+from ..paths import of_other_system
 from .images import shown
 
 MAX_REPEATS = 10_000
@@ -69,7 +70,9 @@ def resolve_root(root: Path | str) -> tuple[Path, str]:
     if bare != text:
         why = "no such folder exists; quotes and spaces around a path are taken as part of it."
         raise _no_folder(text, why, f"write it without them: {shown(bare)}")
-    raise _no_folder(text, "no such folder exists.", _did_you_mean(path))
+    theirs = of_other_system(text)
+    fix = "give the path that the folder has on this machine" if theirs else _did_you_mean(path)
+    raise _no_folder(text, f"no such folder exists{theirs}.", fix)
 
 
 def walk(root: Path, *, recursive: bool, in_order: bool = True) -> Walk:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ..errors import LoraGraftError, nearest
+from ..paths import of_other_system
 from .animation import moves
 from .folders import Found, Walk, walk
 from .images import shown
@@ -42,7 +43,8 @@ def find_videos(source: Path | str, *, recursive: bool = True) -> VideoFiles:
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, a loop of links
         raise _unusable(path, f"the path cannot be used ({shown(error, 100)}).", "give another") from error
     if not str(source).strip() or not (is_file or is_folder):
-        raise _unusable(path, "there is no such file or folder.", _did_you_mean(path))
+        why = f"there is no such file or folder{of_other_system(str(source))}."
+        raise _unusable(path, why, _did_you_mean(path))
     found = Walk(files=[Found(real.name, real)]) if is_file else walk(real, recursive=recursive)
     files = VideoFiles(real.parent if is_file else real, real.parent.name if is_file else real.name)
     files.bad |= found.bad

@@ -28,7 +28,9 @@ UNET_STEPS = 4200
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="make_base", description="Train the demo base model from scratch.")
+    parser = argparse.ArgumentParser(
+        prog="make_base", description="Train the demo base model from scratch.", allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder that receives the checkpoint")
     parser.add_argument("--work", type=Path, required=True, help="folder for states; reuse it to continue")
     parser.add_argument("--seed", type=int, default=1, help="seed of drawings, weights and noise")

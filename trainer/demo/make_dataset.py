@@ -53,7 +53,9 @@ def write_dataset(root: Path, seed: int = HERO_SEED) -> Path:
 
 def main() -> None:
     """Write the dataset of one creature seed into a folder."""
-    parser = argparse.ArgumentParser(prog="make_dataset", description="Draw a sample dataset.")
+    parser = argparse.ArgumentParser(
+        prog="make_dataset", description="Draw a sample dataset.", allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=HERO_SEED)
     args = parser.parse_args()

@@ -58,7 +58,7 @@ class Rates:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; exit status 1 if training was refused."""
-    parser = argparse.ArgumentParser(description="Train and test the demo LoRA.")
+    parser = argparse.ArgumentParser(description="Train and test the demo LoRA.", allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("output/demo"), help="folder for all results")
     parser.add_argument("--device", help="cpu, cuda, ...; default: the GPU if there is one")
     parser.add_argument("--fresh", action="store_true", help="train again even if this run is finished")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoraGraftError, listed, nearest, one_line
+from ..paths import of_other_system
 
 # A text file of this size holds more settings than anybody writes.
 MAX_BYTES = 2**20
@@ -113,4 +114,5 @@ def read_text(file: Path) -> str:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         if isinstance(error, UnicodeDecodeError):
             reason = "it is not UTF-8 text"
-        raise not_readable(str(file), f"{reason or type(error).__name__}.") from None
+        theirs = of_other_system(str(file)) if isinstance(error, FileNotFoundError) else ""
+        raise not_readable(str(file), f"{reason or type(error).__name__}{theirs}.") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ...errors import LoraGraftError
+from ...paths import of_other_system
 from ..base import Tensors
 from .gguf_file import DamagedGGUF, GGUFWeights
 from .quantised import read_quantised
@@ -74,7 +75,8 @@ def refuse_other_formats(path: Path) -> None:
             "LG-BASE-001",
             f"The base model '{path.name}' does not exist.",
             where=str(path),
-            why="there is no such file or folder; models are not fetched by a hub's name.",
+            why=f"there is no such file or folder{of_other_system(str(path))}; models are not fetched by a "
+            "hub's name.",
             fix="check the path (quotes and spaces at its ends count), or download the model first",
         )
     suffix = path.suffix.lower()
