@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -89,6 +91,19 @@ def test_norms_that_are_trained_get_their_gradients() -> None:
         weights = [n.weight.requires_grad_() for n in norms]
         grads.append(torch.cat(torch.autograd.grad(loss_of(unet, inputs()), weights)))
     assert (grads[0] - grads[1]).norm() <= 1e-6 * grads[0].norm() > 0
+
+
+def test_a_unet_that_nobody_holds_is_gone_at_once() -> None:
+    """A run may be refused while it is opened; a GPU's memory is not to wait for Python's next collection."""
+    unet = random_unet()
+    keep_less(unet)
+    left = [weakref.ref(module) for module in unet.modules()]
+    gc.disable()
+    try:
+        del unet
+        assert not any(module() is not None for module in left)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("form", ["scaled", "other class"])

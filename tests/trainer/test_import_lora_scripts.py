@@ -6,6 +6,7 @@ import pytest
 
 from loragraft.trainer import api
 from loragraft.trainer.imports.kohya import read_kohya
+from loragraft.trainer.sample_prompts import parse_prompt
 from loragraft_tests.trainer.kohya_configs import refusal, settings
 
 LORA_SCRIPTS = """
@@ -150,6 +151,10 @@ def test_a_pages_value_of_another_kind_is_not_guessed_at(line: str) -> None:
     assert error.code == "LG-CFG-003" and line.split()[0] in error.where
     found = read_kohya('positive_prompts = "1girl"\nsample_width = "64"').settings["sample_prompts"]
     assert found[0].startswith("1girl --w 64 "), "text that reads as a number is one, as in other keys"
+    found = read_kohya('positive_prompts = "1girl"\nsample_width = 64.0\nsample_seed = "7.0"').settings
+    prompt = parse_prompt(found["sample_prompts"][0])
+    assert (prompt.width, prompt.seed) == (64, 7)
+    assert "sample_cfg = 7" in refusal('positive_prompts = "1girl"\nsample_cfg = true').fix
 
 
 def test_sample_prompts_may_be_the_prompts_themselves() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from loragraft.trainer.adapters import lora, network
+from loragraft.trainer.adapters import lora, network, norm
 from loragraft.trainer.adapters.shares import Drops, kept
 from loragraft.trainer.engine.meter import measure
 from loragraft_tests.trainer import models, networks
@@ -91,6 +91,21 @@ def test_normalisation_layers_start_at_nothing_and_learn() -> None:
 
 
 # ---- what is left out ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_group_norm_learns_on_a_map_that_lies_channels_last_and_needs_no_gradient(
+    dtype: torch.dtype,
+) -> None:
+    """torch's gradient on a CPU ends the process there: it writes that of the map, which nobody wants."""
+    torch.manual_seed(0)
+    base = nn.GroupNorm(8, 32).to(dtype).requires_grad_(False)
+    x, found = torch.randn(2, 32, 8, 8, dtype=dtype), []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        t = {name: torch.ones(32, requires_grad=True) for name in (norm.WEIGHT, norm.BIAS)}
+        norm.update(base, x.contiguous(memory_format=layout), t).square().sum().backward()
+        found.append([each.grad for each in t.values()])
+    torch.testing.assert_close(*found)
 
 
 def test_dropout_is_a_function_of_seed_step_micro_batch_and_module() -> None:

@@ -23,6 +23,8 @@ def update(base: nn.Module, x: torch.Tensor, t: Tensors) -> torch.Tensor:
     weight = t[WEIGHT].to(x.dtype)
     bias = t[BIAS].to(x.dtype) if BIAS in t else None
     if isinstance(base, nn.GroupNorm):
+        if not x.requires_grad:
+            x = x.contiguous()  # torch's gradient on a CPU crashes on one that lies channels last
         return F.group_norm(x, base.num_groups, weight, bias, base.eps)
     if isinstance(base, nn.RMSNorm):
         return F.rms_norm(x, base.normalized_shape, weight, base.eps)

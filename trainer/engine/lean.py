@@ -8,6 +8,7 @@ The classes are recognised by name: nothing is imported that is not there alread
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard
@@ -36,7 +37,7 @@ def keep_less(denoiser: nn.Module) -> int:
                 setattr(module, name, FrozenConv2d(child, child.weight.dtype).train(child.training))
         known = LEAN.get(type(module).__name__)
         if known is not None and known.fits(module):
-            module.forward = partial(known.forward, module)
+            module.forward = partial(known.forward, weakref.proxy(module))  # a cycle would outlive the run
             number += 1
     return number
 

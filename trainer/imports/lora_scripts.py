@@ -41,12 +41,14 @@ def sample_prompts(given: Mapping[str, Any], found: Findings) -> dict[str, str]:
     off, the other keys say nothing.
     """
     own = ", ".join(name for name in KEYS if name in given)
-    wrong = [name for name, value in given.items() if typed(KEYS[name], value) is WRONG]
+    read = {name: typed(KEYS[name], value) for name, value in given.items()}
+    wrong = [name for name, value in read.items() if value is WRONG]
     for name in wrong:
-        value, kind = given[name], KEYS[name]
-        found.expect(name, value, kind, f"{name} = {instead_of(kind, value)}")
+        kind, usual = KEYS[name], FLAGS.get(name, ("", ""))[1]
+        found.expect(name, given[name], kind, f"{name} = {usual or instead_of(kind, given[name])}")
     if wrong:
         return {}
+    given = read
     if given.get(PREVIEW) is False:
         found.notes.append(f"{own}: lora-scripts draws no previews with {PREVIEW} off.")
     elif given.get(BY_CHANCE):
