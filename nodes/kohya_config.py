@@ -1,4 +1,4 @@
-"""Kohya Config: the settings of kohya's trainer, pasted as TOML or as a command line, for Train LoRA."""
+"""Kohya Config: the settings of kohya's trainer, pasted as TOML, JSON or a command line, for Train LoRA."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ class KohyaConfig(io.ComfyNode):
             node_id="LoraGraftKohyaConfig",
             display_name=TITLE,
             category="LoraGraft/settings",
-            description="Settings of kohya's sd-scripts or lora-scripts, pasted as TOML or as a command "
-            "line. What they leave out has kohya's default. Settings that cannot be honoured are refused "
-            "before anything runs.",
+            description="Settings of kohya's sd-scripts, lora-scripts or kohya_ss' GUI, pasted as TOML, JSON "
+            "or a command line. What they leave out has kohya's default. Settings that cannot be honoured "
+            "are refused before anything runs.",
             search_aliases=[
                 "sd-scripts",
                 "lora-scripts",
+                "kohya_ss",
+                "bmaltais",
                 "import settings",
                 "train_network.py",
                 "flux_train_network.py",
@@ -46,8 +48,9 @@ class KohyaConfig(io.ComfyNode):
                     "config",
                     default=EXAMPLE,
                     multiline=True,
-                    tooltip="The text of a config_file (TOML), or a whole command line of train_network.py "
-                    "or of kohya's scripts for SDXL, SD3 and Flux.",
+                    tooltip="The text of a config_file (TOML), of a file that kohya_ss' GUI has saved "
+                    "(JSON), or a whole command line of train_network.py or of kohya's scripts for SDXL, SD3 "
+                    "and Flux.",
                 ),
                 Settings.Input(
                     "settings", optional=True, tooltip="From another settings node; both then count."

@@ -36,8 +36,8 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--config_file",
         metavar="FILE",
-        help="config of another trainer, unchanged: kohya's or lora-scripts' .toml, kohya's command line as "
-        "text (.txt, .sh, .bat, .ps1), HCP-Diffusion's .yaml",
+        help="config of another trainer, unchanged: kohya's or lora-scripts' .toml, the .json of kohya_ss' "
+        "GUI, kohya's command line as text (.txt, .sh, .bat, .ps1), HCP-Diffusion's .yaml",
     )
     command.add_argument(
         "--recipe",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .imported import not_readable
@@ -20,13 +21,15 @@ WINDOWS = re.compile(r"""(^|[\s"'=])([A-Za-z]:\\|\.{1,2}\\|\\\\)|[\^`]\r?\n""")
 VARIABLE = re.compile(r"\$\w|\$\{|\$\(|%\w+%|!\w+!")
 OPTION = re.compile(r"--?[A-Za-z]")
 
+Options = tuple[tuple[str, tuple[str, ...]], ...]  # (name without dashes, its values as written)
+
 
 @dataclass(frozen=True)
 class Command:
     """A program's arguments; ``program`` is the script or module that they are for, "" if none is named."""
 
     program: str
-    options: tuple[tuple[str, tuple[str, ...]], ...]  # (name without dashes, its values as written)
+    options: Options
     before: tuple[str, ...]  # what stood before the program: accelerate and its own options
 
 
@@ -39,8 +42,16 @@ def read_command(text: str, where: str) -> Command:
         start = tokens.index("-m") + 1
     program = "" if start is None else re.split(r"[\\/]", tokens[start])[-1]
     before = () if start is None else tuple(tokens[:start])
+    options = read_options(tokens if start is None else tokens[start + 1 :], where)
+    if not options:
+        raise not_readable(where, "it holds no --argument.")
+    return Command(program, options, before)
+
+
+def read_options(tokens: Iterable[str], where: str) -> Options:
+    """Return the arguments that a command line's words are; raises LG-IMP-001 for words before the first."""
     options: list[tuple[str, tuple[str, ...]]] = []
-    for token in tokens if start is None else tokens[start + 1 :]:
+    for token in tokens:
         if OPTION.match(token):
             name, equals, value = token.lstrip("-").partition("=")
             options.append((name, (value,) if equals else ()))
@@ -49,9 +60,7 @@ def read_command(text: str, where: str) -> Command:
             options[-1] = (name, (*values, token))
         else:
             raise not_readable(where, f"{token[:60]!r} stands before the first --argument.")
-    if not options:
-        raise not_readable(where, "it holds no --argument.")
-    return Command(program, tuple(options), before)
+    return tuple(options)
 
 
 def _joined(text: str) -> str:

@@ -95,7 +95,7 @@ def not_readable(where: str, why: str) -> LoraGraftError:
         where=where,
         why=why,
         fix="give kohya's TOML, its command line as text (.txt, .sh, .bat, .ps1) with each value written "
-        "out, or HCP-Diffusion's .yaml",
+        "out, the .json of kohya_ss' GUI, or HCP-Diffusion's .yaml",
     )
 
 

@@ -1,4 +1,4 @@
-"""Read a config of kohya's sd-scripts: its TOML, lora-scripts' TOML, or a command line as text.
+"""Read a config of kohya's sd-scripts: its TOML, lora-scripts' TOML, kohya_ss' JSON, or a command line.
 
 A config that leaves a setting out means kohya's default, not this project's; what is filled in so, what
 means nothing here and what cannot be honoured is said before anything is trained.
@@ -16,6 +16,7 @@ from ..errors import one_line
 from . import kohya_table as table
 from .imported import MAX_BYTES, Findings, Imported, not_readable
 from .kohya_flow import flow_settings
+from .kohya_gui import Count, read_gui
 from .kohya_network import read_network
 from .kohya_scripts import FLUX, TRANSFORMERS, Script, of_model
 from .kohya_text import read_values
@@ -53,19 +54,27 @@ MADE_OF: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def read_kohya(text: str, *, where: str = "config") -> Imported:
-    """Read a config; raises LG-IMP-001 to -003, LG-CFG-001 and LG-CFG-003, each with all that it concerns."""
+def read_kohya(
+    text: str, *, where: str = "config", is_json: bool = False, count: Count | None = None
+) -> Imported:
+    """Read a config; raises LG-IMP-001 to -003, LG-CFG-001 and LG-CFG-003, each with all that it concerns.
+
+    Text in braces, or with ``is_json`` any, is a config of kohya_ss' GUI; ``count`` is read_gui's.
+    """
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
         raise not_readable(where, f"it is larger than {MAX_BYTES // 2**20} MiB.")
     found = Findings(where)
-    script, values = read_values(text, where, found)
+    if is_json or text.lstrip("\ufeff \t\r\n").startswith("{"):
+        script, values = read_gui(text, where, found, count)
+    else:
+        script, values = read_values(text, where, found)
     found.raise_any()
     script = of_model(script, values)
     values = _looked_at(script, values, found)
     settings: dict[str, Any] = {}
     places: dict[str, str] = {}
     for name, value in values.items():
-        if name == PROMPTS and (lines := prompt_lines(value)):
+        if name == PROMPTS and (lines := value if isinstance(value, list) else prompt_lines(value)):
             settings[name] = lines
         elif name in table.PLACES:
             places[name] = value

@@ -81,14 +81,16 @@ def _chosen(module: str) -> dict[str, Key]:
     return _keys(**kinds, train_t5xxl=SWITCH)
 
 
+# Names of one switch: LyCORIS takes the first that is given.
+TUCKER = ("use_conv_cp", "use_cp", "use_tucker")
 LYCORIS = {
     **DROPOUTS,
     **LORA_PLUS,
     **CONV,
     **_keys(algo=PLAIN, preset=PLAIN, train_norm=SWITCH, dora_wd=SWITCH, wd_on_output=SWITCH),
     **_keys(rs_lora=SWITCH, factor=WHOLE, decompose_both=SWITCH, full_matrix=SWITCH),
-    **_keys(unbalanced_factorization=SWITCH, constraint=NUMBER, rescaled=SWITCH, rank_dropout_scale=SWITCH),
-    **{name: Key("use_tucker", SWITCH) for name in ("use_tucker", "use_cp", "use_conv_cp")},
+    **_keys(unbalanced_factorization=SWITCH, constraint=NUMBER, rescaled=SWITCH),
+    **{name: Key("use_tucker", SWITCH) for name in TUCKER},
     "block_size": Key("unit", WHOLE),
 }
 KEYS: Mapping[str, Mapping[str, Key]] = {
@@ -116,6 +118,8 @@ REFUSED: Mapping[str, tuple[tuple[str, ...], str, str]] = {
     "emb_dims": (("[0,0,0,0,0,0]", "0,0,0,0,0,0"), _OUTSIDE, _EVERYTHING),
     **dict.fromkeys(("ggpo_sigma", "ggpo_beta"), ((), "no noise is added to the weights", "remove it")),
 }
+# Keys that guides and GUIs give a module and that it never reads.
+UNREAD: Mapping[str, tuple[str, ...]] = {"lycoris.kohya": ("train_on_input", "rank_dropout_scale")}
 MAX_DIM, LYCORIS_UNIT = 1024, 4
 # Where all layers are linear, presets with convolutions mean those without.
 LINEAR_LAYERS = {"full": "full-lin", "unet-only": "unet-transformer-only"}
@@ -190,6 +194,12 @@ def _settings(module: str, given: Mapping[str, str], found: Findings) -> dict[st
         if name == "verbose":
             found.notes.append("network_args verbose: it prints modules; the run's log says what is trained.")
             continue
+        if name in UNREAD.get(module, ()):
+            if SWITCHES.get(text.casefold(), True):
+                found.notes.append(f"network_args {name}: {module} does not read it.")
+            continue
+        if name in TUCKER and name != next(other for other in TUCKER if other in given):
+            continue
         if name in REFUSED and name not in known:
             harmless, why, fix = REFUSED[name]
             if text.casefold() not in harmless:
@@ -245,15 +255,20 @@ def _of_transformer(module: str, result: Mapping[str, Any], found: Findings) -> 
 
 def _without_convolutions(result: dict[str, Any], found: Findings) -> dict[str, Any]:
     """Return the settings for a base without convolutions, where conv_dim does nothing."""
-    dropped = [name for name in ("conv_dim", "conv_alpha") if name in result]
-    if dropped:
-        found.notes.append(f"network_args {' and '.join(dropped)}: there are no convolutions to train.")
-    kept = {name: value for name, value in result.items() if name not in dropped}
+    kept = _without(CONV, result, "there are no convolutions to train", found)
     if (preset := kept.get("preset")) in LINEAR_LAYERS:
         kept["preset"] = LINEAR_LAYERS[preset]
     if kept.get("algo") == "locon":
         kept["algo"] = "lora"
     return kept
+
+
+def _without(names: Iterable[str], result: dict[str, Any], why: str, found: Findings) -> dict[str, Any]:
+    """Return the settings without these, and say so where one was given."""
+    dropped = [name for name in names if result.get(name)]
+    if dropped:
+        found.notes.append(f"network_args {' and '.join(dropped)}: {why}.")
+    return {name: value for name, value in result.items() if name not in names}
 
 
 def _with_defaults(
@@ -278,8 +293,10 @@ def _lycoris(result: dict[str, Any], dim: int, found: Findings) -> dict[str, Any
     algo = str(result.get("algo", "lora")).casefold()
     result = {**result, "algo": ALGO_NAMES.get(algo, algo)}
     preset = result.setdefault("preset", "full")
-    if result["algo"] == "locon" and preset in PRESETS and not PRESETS[preset].convolutions:
-        result["algo"] = "lora"  # LyCORIS calls both by either name
+    if preset in PRESETS and not PRESETS[preset].convolutions:
+        result = _without(CONV, result, f"preset {preset} has no convolutions", found)
+        if result["algo"] == "locon":
+            result["algo"] = "lora"  # LyCORIS calls both by either name
     unit = result.pop("unit", None)
     if algo == "dylora":
         result["unit"] = unit or LYCORIS_UNIT
@@ -298,10 +315,21 @@ def _lycoris(result: dict[str, Any], dim: int, found: Findings) -> dict[str, Any
             result["conv_alpha"] = float(MAX_DIM)
         if dim > MAX_DIM:
             result |= {"network_dim": MAX_DIM, "network_alpha": float(MAX_DIM)}
+    if algo == "lokr" and "decompose_both" in result:
+        result = _both_decomposed(result, found)
     for name in ("conv_dim", "conv_alpha"):
         if result.get(name) == 0:  # LyCORIS then takes those of the linear layers, as an empty setting does
             del result[name]
     return result
+
+
+def _both_decomposed(result: dict[str, Any], found: Findings) -> dict[str, Any]:
+    """Return lokr's settings with the decompose_both that LyCORIS makes of any text, False included."""
+    if result.get("full_matrix"):
+        return {name: value for name, value in result.items() if name != "decompose_both"}
+    if not result["decompose_both"]:
+        found.notes.append("network_args decompose_both: LyCORIS takes any text for true, so it is on.")
+    return {**result, "decompose_both": True}
 
 
 def _read(kind: str, text: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..data.kohya_keys import SWITCH
@@ -11,7 +11,7 @@ from ..errors import listed, one_line
 from . import kohya_scripts as scripts
 from . import kohya_table as table
 from . import lora_scripts
-from .command_text import Command, read_command
+from .command_text import Command, Options, read_command
 from .imported import Findings, foreign, not_readable
 from .kohya_network import KEYS as NETWORK_KEYS
 from .kohya_values import WRONG, instead_of, typed, written
@@ -36,12 +36,17 @@ def read_values(text: str, where: str, found: Findings) -> tuple[scripts.Script,
 
 
 def _of_toml(parsed: Mapping[str, Any], found: Findings) -> tuple[scripts.Script, dict[str, Any]]:
-    given: dict[str, Any] = {}
     pairs = [(key, value) for key, value in _flat(parsed) if value not in ("", None)]
     script = scripts.script_of({key: value for key, value in pairs if value is not False})
     page = {key: value for key, value in pairs if key in lora_scripts.KEYS}
     rest = [pair for pair in pairs if pair[0] not in page]
-    for key, value in [*rest, *lora_scripts.sample_prompts(page, found).items()]:
+    return script, of_pairs([*rest, *lora_scripts.sample_prompts(page, found).items()], script, found)
+
+
+def of_pairs(pairs: Iterable[tuple[str, Any]], script: scripts.Script, found: Findings) -> dict[str, Any]:
+    """Return arguments as a file gives them, each value of its argument's kind; faults go to ``found``."""
+    given: dict[str, Any] = {}
+    for key, value in pairs:
         name = _known(key, value, script, found)
         if name is None:
             continue
@@ -51,7 +56,7 @@ def _of_toml(parsed: Mapping[str, Any], found: Findings) -> tuple[scripts.Script
             found.expect(name, value, kind, f"{name} = {instead_of(kind, value)}")
         else:
             _take(given, name, taken, found)
-    return script, given
+    return given
 
 
 def _flat(parsed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -68,7 +73,16 @@ def _of_command(command: Command, where: str, found: Findings) -> tuple[scripts.
     given: dict[str, Any] = {}
     named = {option: values[0] if values else True for option, values in command.options}
     script = scripts.SCRIPTS.get(command.program) or scripts.script_of(named)
-    for option, values in command.options:
+    of_options(command.options, script, given, found)
+    launcher = [token for token in command.before if token.startswith("-") and token != "-m"]
+    if launcher:
+        found.notes.append(f"{listed(launcher)}: options of the launcher, not of the run.")
+    return script, given
+
+
+def of_options(options: Options, script: scripts.Script, given: dict[str, Any], found: Findings) -> None:
+    """Add the arguments of a command line to ``given``, each of its kind; faults go to ``found``."""
+    for option, values in options:
         name = _known(_completed(option, script), values[0] if values else True, script, found)
         if name is None:
             continue
@@ -82,10 +96,6 @@ def _of_command(command: Command, where: str, found: Findings) -> tuple[scripts.
                 found.expect(f"--{name}", text, kind, f"--{name} {instead_of(kind, text)}")
         elif taken != "":
             _take(given, name, taken, found)
-    launcher = [token for token in command.before if token.startswith("-") and token != "-m"]
-    if launcher:
-        found.notes.append(f"{listed(launcher)}: options of the launcher, not of the run.")
-    return script, given
 
 
 def _completed(option: str, script: scripts.Script) -> str:

@@ -17,6 +17,7 @@ from .kohya_scripts import Script
 from .kohya_table import RATES, STEPS, WORDS
 
 WRONG = object()
+LARGEST = 2.0**63  # beyond it a whole number is none that can be computed with
 CHUNK = 75  # tokens that CLIP reads at once
 # A switch -> the rates of what it leaves out.
 UNTRAINED: Mapping[str, Sequence[str]] = {
@@ -82,7 +83,7 @@ def _number(kind: str, value: Any) -> Any:
             return WRONG
         if kind == STEPS and value >= 1 and value.is_integer():
             value = int(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
         return WRONG
     if kind == WHOLE:
         return int(value) if float(value).is_integer() else WRONG
