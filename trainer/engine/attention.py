@@ -25,10 +25,10 @@ BIAS_ALIGNMENT = 8  # xformers' kernels read a mask's rows in pieces of so many 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Let torch choose its kernel (flash, memory-efficient, cuDNN, plain); see `plain` for the shapes.
 
-    A CPU's kernel for bf16 is slower than `plain` where keys are few.
+    A CPU's kernel for bf16 is slower than `plain` where keys are few; the scores stay float32, as in it.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= FEW_KEYS:
-        return plain(q, k, v, mask)
+        return plain(q.float(), k.float(), v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 

@@ -21,8 +21,8 @@ from .frozen import FrozenConv2d
 from .made import made, through
 from .makes import GEGLU, Activated, Gelu, GroupNormSilu, Make, Normed
 
-# A CPU has more memory than time (3 to 5 % of a step); Apple's GPUs lack the gradient of a group norm.
-NOT_ON = ("cpu", "mps")
+# Apple's GPUs lack the gradient of a group norm.
+NOT_ON = ("mps",)
 
 
 def keep_less(denoiser: nn.Module) -> int:

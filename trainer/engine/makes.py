@@ -157,10 +157,12 @@ class Gelu:
 class Gated:
     """One half of the channels times the other half's activation (GLU variants, Shazeer 2020).
 
-    ``back_into`` writes an activation's gradient: (gradient, input, grad_input=...).
+    ``into_of`` writes the activation: (input, out=...); ``back_into`` its gradient: (gradient, input,
+    grad_input=...). Both write where the result belongs, so that nothing is made on the way: new pages of
+    memory cost a CPU more than the arithmetic.
     """
 
-    function: Callable[[torch.Tensor], torch.Tensor]
+    into_of: Callable[..., torch.Tensor]
     back_into: Callable[..., torch.Tensor]
     gate_first: bool
 
@@ -171,14 +173,17 @@ class Gated:
     def into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """See `Activation`."""
         gate, value = self._halves(x)
-        return torch.mul(value, self.function(gate), out=out)
+        self.into_of(gate, out=out)
+        return out.mul_(value)
 
     def back(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """See `Activation`."""
         dx = torch.empty_like(x)
         (gate, value), (dgate, dvalue) = self._halves(x), self._halves(dx)
-        torch.mul(grad, self.function(gate), out=dvalue)
-        self.back_into(grad * value, gate, grad_input=dgate)
+        self.into_of(gate, out=dvalue)
+        dvalue.mul_(grad)
+        torch.mul(grad, value, out=dgate)
+        self.back_into(dgate, gate, grad_input=dgate)
         return dx
 
     def _halves(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -186,8 +191,8 @@ class Gated:
         return halves if self.gate_first else halves[::-1]
 
 
-SWIGLU = Gated(F.silu, _ops.silu_backward.grad_input, gate_first=True)
-GEGLU = Gated(F.gelu, _ops.gelu_backward.grad_input, gate_first=False)  # as diffusers cuts it
+SWIGLU = Gated(_ops.silu.out, _ops.silu_backward.grad_input, gate_first=True)
+GEGLU = Gated(_ops.gelu.out, _ops.gelu_backward.grad_input, gate_first=False)  # as diffusers cuts it
 
 
 @dataclass(frozen=True)
