@@ -40,7 +40,8 @@ WAYS = {  # name -> size of the input, the layer's options, the way
     "many tiles without bias": ((2, 16, 8), {"bias": False}, ["winograd"]),
     "large maps": ((1, 40, 32), {}, ["winograd"]),
     "few tiles": ((1, 14, 14), {}, []),
-    "an odd map": ((1, 33, 32), {}, []),
+    "an odd height": ((1, 33, 32), {}, []),
+    "an odd width": ((1, 32, 33), {}, []),
     "stride 2": ((1, 32, 32), {"stride": 2}, []),
 }
 

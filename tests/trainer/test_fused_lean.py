@@ -12,8 +12,9 @@ from torch import nn
 
 from loragraft.trainer.engine.checkpointing import blocks, checkpoint_blocks
 from loragraft.trainer.engine.frozen import FrozenConv2d
-from loragraft.trainer.engine.lean import keep_less
+from loragraft.trainer.engine.lean import LEAN, keep_less
 from loragraft.trainer.engine.meter import track
+from loragraft_tests.trainer import runs
 
 Inputs = tuple[torch.Tensor | None, ...]
 
@@ -107,7 +108,7 @@ def test_a_unet_that_nobody_holds_is_gone_at_once() -> None:
 
 
 @pytest.mark.parametrize("form", ["scaled", "other class"])
-def test_blocks_of_another_form_are_left_alone(form: str) -> None:
+def test_known_another_form_are_left_alone(form: str) -> None:
     from diffusers.models.resnet import ResnetBlock2D
 
     class ResnetOfAnother(nn.Module):
@@ -127,3 +128,11 @@ def test_blocks_of_another_form_are_left_alone(form: str) -> None:
     assert "forward" not in vars(block)
     if form == "other class":
         assert type(block.conv1) is nn.Conv2d, "a host's modules are not ours to change"
+
+
+def test_the_known_a_run_keep_less(training: runs.Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(run: Any) -> None:
+        known = [m for m in run.parts.denoiser.modules() if type(m).__name__ in LEAN]
+        assert known and all("forward" in vars(block) for block in known)
+
+    runs.look_inside(training, monkeypatch, look, max_train_steps=1)

@@ -117,6 +117,7 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: FrozenConv2d) -> torch.Tensor:
         ctx.layer, ctx.shape = layer, x.shape
+        ctx.last = x.is_contiguous(memory_format=torch.channels_last)
         weight = dense(layer, x.dtype)
         return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
@@ -137,7 +138,7 @@ class _Conv2d(torch.autograd.Function):
             layer.groups,
             [True, False, False],
         )
-        if grad.is_contiguous(memory_format=torch.channels_last):
+        if ctx.last:  # what is added to it lies like x
             grad_x = grad_x.contiguous(memory_format=torch.channels_last)
         return grad_x, None
 
