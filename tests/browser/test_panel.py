@@ -50,6 +50,7 @@ def test_a_sweep_has_a_line_and_a_row_for_each_run(open_comfy: Open, nodes2: boo
         send(page, *runs.sweep(node))
         page.wait("lanes(a[0]).length === 4", node)
         page.wait("lines(a[0]) === 4 && probe.points(a[0]) === 0", node)
+        page.wait("lanes(a[0])[2].phase === 'failed'", node)
         text = page.ask("text(a[0])", node)
         assert "Step 810 / 1260" in text, "nobody waits for the failed run"
         assert "0.05 s" in text and "0:23" in text and "0 / 4" in text
