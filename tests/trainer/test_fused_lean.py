@@ -108,7 +108,7 @@ def test_a_unet_that_nobody_holds_is_gone_at_once() -> None:
 
 
 @pytest.mark.parametrize("form", ["scaled", "other class"])
-def test_known_another_form_are_left_alone(form: str) -> None:
+def test_blocks_of_another_form_are_left_alone(form: str) -> None:
     from diffusers.models.resnet import ResnetBlock2D
 
     class ResnetOfAnother(nn.Module):
@@ -130,7 +130,7 @@ def test_known_another_form_are_left_alone(form: str) -> None:
         assert type(block.conv1) is nn.Conv2d, "a host's modules are not ours to change"
 
 
-def test_the_known_a_run_keep_less(training: runs.Training, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blocks_of_a_run_keep_less(training: runs.Training, monkeypatch: pytest.MonkeyPatch) -> None:
     def look(run: Any) -> None:
         known = [m for m in run.parts.denoiser.modules() if type(m).__name__ in LEAN]
         assert known and all("forward" in vars(block) for block in known)
