@@ -60,7 +60,9 @@ def test_only_what_can_gain_is_replaced() -> None:
     root = nn.ModuleDict({**kept, "packed": plain((32, 48), True, 0)}).requires_grad_(False)
     trained = nn.Conv2d(32, 32, 3, padding=1).bfloat16()
     root["trained"] = trained
-    assert pack_convolutions(root) == 1
+    root["bias trained"] = plain((32, 48), True, 0)
+    root["bias trained"].bias.requires_grad_(True)
+    assert pack_convolutions(root) == 1 and type(root["bias trained"]) is nn.Conv2d
     assert isinstance(root["packed"], PackedConv2d)
     assert all(root[name] is module for name, module in kept.items()) and root["trained"] is trained
     assert packed_bytes(root) == 2 * 2 * 32 * 48 * 9

@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from . import small_maps, winograd
-from .frozen import FrozenConv2d, dense
+from .frozen import FrozenConv2d, dense, is_frozen, is_plain_convolution
 
 # UNFOLDED: up to so many output pixels of a batch per output channel, and from so large a weight on.
 PIXELS_PER_CHANNEL = {torch.float32: 0.1, torch.bfloat16: 0.25}
@@ -112,7 +112,7 @@ class _Convolution(torch.autograd.Function):
 def use_faster_ways(root: nn.Module) -> int:
     """Put a CPUConv2d on the same weight in place of each frozen convolution; return how many."""
     scratch = winograd.Scratch()
-    found = [(path, module) for path, module in root.named_modules() if _is_frozen(module)]
+    found = [(path, module) for path, module in root.named_modules() if _fits(module)]
     for path, old in found:
         parent, _, name = path.rpartition(".")
         new = CPUConv2d(cast(nn.Conv2d, old), scratch).train(old.training)
@@ -120,10 +120,5 @@ def use_faster_ways(root: nn.Module) -> int:
     return len(found)
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    return type(module) is FrozenConv2d or (
-        type(module) is nn.Conv2d
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-        and not module.weight.requires_grad
-    )
+def _fits(module: nn.Module) -> bool:
+    return type(module) is FrozenConv2d or (is_plain_convolution(module) and is_frozen(module))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -248,11 +248,21 @@ def _sum_of_squares(matrix: torch.Tensor) -> float:
     return math.fsum(matrix.flatten(1).square().sum(1).tolist())
 
 
+def is_plain_convolution(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Say whether a layer is torch's own convolution, padded with zeros by numbers."""
+    return type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Say whether no parameter of the layer itself is trained."""
+    return not any(p.requires_grad for p in layer.parameters(recurse=False))
+
+
 def _kind(layer: nn.Module) -> Any:
     """Return the Frozen class that computes the same as a plain layer; None where there is none."""
     if type(layer) is nn.Linear:
         return FrozenLinear
-    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+    if is_plain_convolution(layer):
         return FrozenConv2d
     if type(layer) is nn.Embedding and layer.max_norm is None:
         return FrozenEmbedding

@@ -11,13 +11,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .frozen import FrozenConv2d
+from .frozen import FrozenConv2d, is_frozen, is_plain_convolution
 from .made import made, through
 from .makes import GEGLU, Activated, Gelu, GroupNormSilu, Make, Normed
 
@@ -33,7 +33,7 @@ def keep_less(denoiser: nn.Module) -> int:
     number = 0
     for module in [m for m in denoiser.modules() if _is_theirs(m)]:
         for name, child in list(module.named_children()):
-            if _is_plain(child):
+            if is_plain_convolution(child) and is_frozen(child):  # torch's keeps an input that nobody needs
                 setattr(module, name, FrozenConv2d(child, child.weight.dtype).train(child.training))
         known = LEAN.get(type(module).__name__)
         if known is not None and known.fits(module):
@@ -47,20 +47,6 @@ def _is_theirs(module: nn.Module) -> bool:
     return type(module).__module__.startswith("diffusers.")
 
 
-def _is_plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Say whether a convolution is one that keeps its input, which only the gradient of a weight needs."""
-    return (
-        type(module) is nn.Conv2d
-        and _is_frozen(module)
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-    )
-
-
-def _is_frozen(layer: nn.Module) -> bool:
-    return not any(p.requires_grad for p in layer.parameters(recurse=False))
-
-
 def _resnet(block: Any, x: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
     """x: (B, in, H, W), temb: (B, channels) -> (B, out, H, W)."""
     h = block.conv1(_norm_silu(block.norm1, x))
@@ -72,7 +58,7 @@ def _resnet(block: Any, x: torch.Tensor, temb: torch.Tensor | None = None) -> to
 
 
 def _norm_silu(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if type(norm) is nn.GroupNorm and norm.affine and _is_frozen(norm):
+    if type(norm) is nn.GroupNorm and norm.affine and is_frozen(norm):
         return made(GroupNormSilu(norm.num_groups, norm.eps), x, norm.weight, norm.bias)
     return F.silu(norm(x))
 
@@ -92,7 +78,7 @@ def _transformer(
     text = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
     x = x + block.attn2(block.norm2(x), **text, **more)
     norm, first, last = block.norm3, block.ff.net[0], block.ff.net[2]
-    if type(norm) is nn.LayerNorm and norm.elementwise_affine and _is_frozen(norm):
+    if type(norm) is nn.LayerNorm and norm.elementwise_affine and is_frozen(norm):
         inside = through(first.proj, Normed(norm.eps), x, norm.weight, norm.bias)
     else:
         inside = first.proj(norm(x))

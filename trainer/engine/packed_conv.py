@@ -17,6 +17,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import skip_init
 
+from .frozen import is_frozen, is_plain_convolution
+
 FEWEST_CHANNELS = 16  # the first and the last layer of a U-Net gain nothing
 SIZE_HINT = 32  # the layout is chosen for maps of this side, whatever comes, so that a run is reproducible
 SAME = ([1, 1], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
@@ -113,13 +115,12 @@ def _convolve(
 
 def _can_gain(module: nn.Module) -> bool:
     return (
-        type(module) is nn.Conv2d
+        is_plain_convolution(module)
+        and is_frozen(module)
         and module.kernel_size == (3, 3)
         and module.stride == module.padding == module.dilation == (1, 1)
         and module.groups == 1
-        and module.padding_mode == "zeros"
         and min(module.in_channels, module.out_channels) >= FEWEST_CHANNELS
-        and not module.weight.requires_grad
         and module.weight.dtype == torch.bfloat16
         and module.weight.device.type == "cpu"
     )
