@@ -252,17 +252,39 @@ def test_a_command_line_is_trained_tested_shrunk_and_checked(server: Comfy, info
 
 def test_what_a_command_line_leaves_out_has_kohyas_default(server: Comfy, info: dict[str, Any]) -> None:
     """The widgets of Train LoRA do not count for it."""
+    trained = trained_by(
+        "--network_module=networks.lora --network_dim=4 --learning_rate=1e-3 --clip_skip=2"
+        " --max_train_steps=1 --output_name=left_out",
+        server,
+        info,
+    )
+    assert trained["ss_min_snr_gamma"] == "None" and trained["ss_lr_warmup_steps"] == "0"
+    assert "conv_dim" not in trained.get("ss_network_args", "") and trained["ss_lr_scheduler"] == "constant"
+
+
+def test_what_the_gui_of_kohya_ss_saves_is_trained(server: Comfy, info: dict[str, Any]) -> None:
+    """What the file leaves out is what the GUI's window shows."""
+    saved = {"LoRA_type": "Kohya LoCon", "network_dim": 4, "conv_dim": 2, "clip_skip": "2", "lr_warmup": 0}
+    more = {
+        "max_train_steps": "1",
+        "mixed_precision": "no",
+        "output_name": "from_the_gui",
+        "optimizer": "AdamW",
+    }
+    trained = trained_by(json.dumps({**saved, **more}), server, info)
+    assert (trained["ss_network_dim"], trained["ss_clip_skip"], trained["ss_steps"]) == ("4", "2", "1")
+    assert json.loads(trained["ss_network_args"])["conv_dim"] in (2, "2")
+    assert trained["ss_min_snr_gamma"] == "None" and trained["ss_lr_scheduler"] == "cosine"
+
+
+def trained_by(config: str, server: Comfy, info: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of what Kohya Config trains in its guide's graph, grids left out."""
     guide = Guide(guides.KOHYA, info)
     graph = guide.prompt()
     train = next(node for node in graph.values() if node["class_type"] == TRAIN)
     train["inputs"] |= {"min_snr_gamma": 5.0, "lr_warmup_steps": 0.1, "conv_dim": 4, "clip_skip": 1}
     graph = {i: node for i, node in graph.items() if node["class_type"] not in (GRID, "PreviewAny")}
-    config = next(node for node in graph.values() if node["class_type"] == "LoraGraftKohyaConfig")
-    config["inputs"]["config"] = (
-        "--network_module=networks.lora --network_dim=4 --learning_rate=1e-3 --clip_skip=2"
-        " --max_train_steps=1 --output_name=left_out"
-    )
+    pasted = next(node for node in graph.values() if node["class_type"] == "LoraGraftKohyaConfig")
+    pasted["inputs"]["config"] = config
     guide.run(server, graph)
-    trained = guide.settings(server)
-    assert trained["ss_min_snr_gamma"] == "None" and trained["ss_lr_warmup_steps"] == "0"
-    assert "conv_dim" not in trained.get("ss_network_args", "") and trained["ss_lr_scheduler"] == "constant"
+    return guide.settings(server)
