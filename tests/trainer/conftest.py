@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from loragraft.trainer import api
+from loragraft.trainer.engine import attention_choice
 from loragraft_tests.trainer import runs, tiny, tiny_sdxl
+from loragraft_tests.trainer.fake_xformers import fake_xformers
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +72,19 @@ def training(base: api.Base, train_set: api.TrainSet, places: api.Places) -> run
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Return the tiny base's weights under single-file names, fp16."""
     return load_file(checkpoint)
+
+
+@pytest.fixture
+def xformers() -> Iterator[None]:
+    """Return with a working fake of xformers in the process."""
+    with fake_xformers():
+        yield
+
+
+@pytest.fixture
+def no_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process find no xformers, whatever is installed."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        attention_choice, "find_spec", lambda name: None if name == "xformers" else real(name)
+    )
